@@ -1,0 +1,287 @@
+"""The server's commands: `serve` and `build-repository`. The command line itself is the client package's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+from triton_diffusion import repository
+from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, StageConfig
+from triton_diffusion.errors import ConfigurationError
+from triton_diffusion.server import StartProgress, TritonServer, describe_exit
+
+_LOG_ARGUMENTS = {
+    "debug": ["--log-verbose=1"],
+    "info": [],
+    "warning": ["--log-info=false"],
+    "error": ["--log-info=false", "--log-warning=false"],
+}
+_DEFAULTS = {field.name: field.default for config in (ChainConfig, StageConfig) for field in fields(config)}
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve`. Where `sglang serve` has the same thing, the flag has the same name."""
+    _add_model_arguments(parser)
+    parser.add_argument(
+        "--model-repository",
+        metavar="FOLDER",
+        help="serve this model repository as it is, instead of building one",
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
+    )
+    group.add_argument("--port", type=_port, default=8000, help="HTTP port (default: %(default)s)")
+    group.add_argument("--grpc-port", type=_port, default=8001, help="gRPC port (default: %(default)s)")
+    group.add_argument(
+        "--metrics-port", type=_port, default=8002, help="Prometheus port (default: %(default)s)"
+    )
+    group.add_argument(
+        "--log-level", choices=list(_LOG_ARGUMENTS), default="info", help="default: %(default)s"
+    )
+    group.add_argument("--log-file", metavar="FILE", help="append the server's log to FILE instead of stderr")
+    group.add_argument(
+        "--exit-timeout-s",
+        type=int,
+        default=300,
+        metavar="S",
+        help="seconds that requests under way have when the server is told to end (default: %(default)s)",
+    )
+    group.add_argument(
+        "--startup-timeout-s", type=int, metavar="S", help="seconds that loading may take (default: 1800)"
+    )
+    group.add_argument(
+        "--tritonserver",
+        metavar="FILE",
+        help="the server's program (default: $TRITONSERVER, PATH, the image's, the wheel's)",
+    )
+    parser.add_argument(
+        "tritonserver_arguments",
+        nargs="*",
+        metavar="-- ARGUMENT",
+        help="anything else for tritonserver, after --",
+    )
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve until a signal comes or the server ends; returns the server's exit code, 2 for a wrong
+    configuration.
+    """
+    return _reporting_mistakes(_serve, args)
+
+
+def add_build_repository_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `build-repository`."""
+    parser.add_argument("destination", metavar="FOLDER", help="where to write the model repository")
+    parser.add_argument(
+        "--force", action="store_true", help="replace models of the same names in a folder made by others"
+    )
+    _add_model_arguments(parser)
+
+
+def build_repository(args: argparse.Namespace) -> int:
+    """Write a model repository for a checkpoint, for `tritonserver --model-repository`."""
+    return _reporting_mistakes(_build_repository, args)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models")
+
+    def add(
+        name: str, kind: Callable[[str], object], text: str, choices: tuple[str, ...] | None = None
+    ) -> None:
+        default = _DEFAULTS[name]
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            choices=choices,
+            metavar=None if choices else name.rpartition("_")[2].upper(),
+            help=f"{text} (default: {default})" if default != "" else text,
+        )
+
+    add(
+        "model_path",
+        str,
+        'checkpoint folder in diffusers layout, hub id, or "demo" for the built-in checkpoint',
+    )
+    add("num_gpus", int, "ranks of a stage in all, one a GPU; without a GPU, processes on the CPU")
+    add("dp_size", int, "replicas that share them; 0: every rank is a replica of its own")
+    add("gpu_device_ids", str, 'GPUs of each replica, as in "0,1;2,3"; default: the first ones')
+    add("dtype", str, "compute type of the weights", get_args(Dtype))
+    add("num_threads", int, "torch threads of a rank on the CPU; 0: the cores divided by the ranks")
+    add("max_batch_size", int, "pictures in one forward pass at most")
+    add("max_queue_size", int, "requests that may wait or run in a stage")
+    add(
+        "denoising_loop",
+        str,
+        "form the batch anew at every step, or run one request after the other",
+        get_args(DenoisingLoop),
+    )
+    add("max_pixels", int, "height x width of one picture at most")
+    add("max_num_inference_steps", int, "denoising steps of one request at most")
+    add("max_num_outputs", int, "pictures of one request at most")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[MODEL.]NAME=VALUE",
+        dest="settings",
+        help="any other parameter of the models' config.pbtxt, in all models or in one; may be repeated",
+    )
+
+
+def _settings(args: argparse.Namespace) -> dict[str, str]:
+    """The parameters to set: those that were given, so that the defaults stay in one place, the config.pbtxt
+    files.
+    """
+    settings = {name: str(value) for name in _DEFAULTS if (value := getattr(args, name, None)) is not None}
+    for item in args.settings:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigurationError(f"--set {item!r} must be NAME=VALUE or MODEL.NAME=VALUE")
+        settings[name.strip()] = value
+    if "model_path" in settings:
+        settings["model_path"] = _absolute_if_folder(settings["model_path"])
+    return settings
+
+
+def _absolute_if_folder(model_path: str) -> str:
+    folder = Path(model_path).expanduser()
+    if model_path != "demo" and folder.is_dir():
+        return str(folder.resolve())
+    if model_path.startswith((".", "/", "~")):
+        raise ConfigurationError(
+            f"model_path={model_path!r} is not a folder; name a checkpoint in diffusers layout"
+        )
+    return model_path
+
+
+def _serve(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    if args.model_repository is None:
+        with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
+            repository.build_repository(folder, settings)
+            # Our files are complete; completing them would start every model twice.
+            return _run_server(args, Path(folder), settings, ["--disable-auto-complete-config"])
+    ineffective = sorted(set(settings) - {"startup_timeout_s"})
+    if ineffective:
+        raise ConfigurationError(
+            f"{', '.join(ineffective)} cannot be set with --model-repository={args.model_repository}; "
+            "set it in that folder's config.pbtxt files, or leave out --model-repository"
+        )
+    return _run_server(args, Path(args.model_repository), settings, [])
+
+
+def _run_server(
+    args: argparse.Namespace, model_repository: Path, settings: dict[str, str], arguments: list[str]
+) -> int:
+    max_concurrent_requests = int(
+        settings.get("max_concurrent_requests", ChainConfig.max_concurrent_requests)
+    )
+    server = TritonServer(
+        model_repository,
+        host=args.host,
+        http_port=args.port,
+        grpc_port=args.grpc_port,
+        metrics_port=args.metrics_port,
+        executable=args.tritonserver,
+        log_file=args.log_file,
+        exit_timeout_s=args.exit_timeout_s,
+        thread_pool_size=max(64, max_concurrent_requests),
+        extra_arguments=[*arguments, *_LOG_ARGUMENTS[args.log_level], *args.tritonserver_arguments],
+    )
+    _warn_about_shared_memory()
+    with server.forwarding_signals(), server:
+        progress = ProgressLine(is_alone=args.log_file is not None)
+        try:
+            # The stages give up first, and say which of them and why.
+            server.wait_until_ready(float(settings.get("startup_timeout_s", 1800)) + 60, progress.show)
+        except ConfigurationError:
+            if server.was_asked_to_stop:
+                return _exit_status(server)
+            raise
+        finally:
+            progress.end()
+        print(
+            f"ready\n  HTTP     http://{server.http_address}\n  gRPC     {server.grpc_address}\n"
+            f"  metrics  {server.metrics_url}",
+            flush=True,
+        )
+        return _exit_status(server)
+
+
+def _exit_status(server: TritonServer) -> int:
+    exit_code = server.wait()
+    if exit_code == 0 or server.was_asked_to_stop:
+        return max(exit_code or 0, 0)
+    print(
+        f"error: tritonserver {describe_exit(exit_code)}; the end of its log:\n{server.log_tail()}",
+        file=sys.stderr,
+    )
+    assert exit_code is not None
+    return exit_code if exit_code > 0 else 128 - exit_code
+
+
+def _build_repository(args: argparse.Namespace) -> int:
+    folder = repository.build_repository(args.destination, _settings(args), force=args.force)
+    print(f"{folder}\nserve it: triton-diffusion serve --model-repository {folder}")
+    return 0
+
+
+class ProgressLine:
+    """The start on one line that is drawn anew, or on a line for every model where the line would not stay
+    whole.
+    """
+
+    def __init__(self, *, is_alone: bool) -> None:
+        self._redraws = is_alone and sys.stderr.isatty()
+        self._num_shown = 0
+
+    def show(self, progress: StartProgress) -> None:
+        if self._redraws:
+            names = ", ".join(progress.loaded_models) or "no model yet"
+            sys.stderr.write(f"\r\x1b[Kstarting: {progress.elapsed_s:.0f} s, loaded: {names}")
+            sys.stderr.flush()
+        else:
+            for name in progress.loaded_models[self._num_shown :]:
+                print(
+                    f"starting: loaded {name} after {progress.elapsed_s:.1f} s", file=sys.stderr, flush=True
+                )
+        self._num_shown = len(progress.loaded_models)
+
+    def end(self) -> None:
+        if self._redraws:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def _warn_about_shared_memory(needed_bytes: int = 256 * 2**20) -> None:
+    folder = "/dev/shm"
+    if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < needed_bytes:
+        print(
+            f"warning: {folder} has {free // 2**20} MB left, and the models exchange their data through it; "
+            "256 MB or more is better (docker run --shm-size=1g)",
+            file=sys.stderr,
+        )
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 65536:
+        raise argparse.ArgumentTypeError(f"{port} is not a port between 1 and 65535")
+    return port
+
+
+def _reporting_mistakes(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    try:
+        return command(args)
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,151 @@
+"""The configuration of a stage model and of the chain, read once from the parameters of their config.pbtxt."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from triton_diffusion.errors import ConfigurationError, nearest_name_hint
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+DenoisingLoop = Literal["step_batching", "reference"]
+
+_Config = TypeVar("_Config", "StageConfig", "ChainConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage model: its checkpoint, its processes, its queue."""
+
+    model_path: str = "demo"
+    """Checkpoint folder in diffusers layout, a hub id, or "demo" for the built-in demo checkpoint."""
+    dtype: Dtype = "auto"
+    """Compute type of the weights; "auto" is bfloat16 where the processor or GPU computes in it, else float32."""
+    num_gpus: int = 1
+    """Ranks of this stage in all, one a GPU; without a GPU, processes on the CPU."""
+    dp_size: int = 0
+    """Replicas (worker groups) under one scheduler; 0 makes every rank a replica of its own."""
+    gpu_device_ids: str = ""
+    """The GPUs of each replica, "0,1;2,3"; empty takes 0 .. num_gpus - 1 in order."""
+    num_threads: int = 0
+    """Torch threads of a rank on the CPU; 0 divides the cores by the ranks of this stage."""
+    max_queue_size: int = 256
+    """Requests that may wait or run in this stage; one more is refused as UNAVAILABLE."""
+    max_batch_size: int = 8
+    """Rows (pictures) in one forward pass at most."""
+    denoising_loop: DenoisingLoop = "step_batching"
+    """"step_batching" forms a batch anew at every step; "reference" runs one request through all its steps."""
+    startup_timeout_s: float = 1800.0
+    """Seconds that the ranks may take to load before the start is given up."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_gpus", "max_queue_size", "max_batch_size", "startup_timeout_s"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be greater than 0")
+        for name in ("dp_size", "num_threads"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 chooses it")
+        self.device_ids()
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> StageConfig:
+        """Read the `parameters` of a stage model's config.pbtxt; raises ConfigurationError."""
+        return _from_parameters(cls, parameters)
+
+    @property
+    def num_replicas(self) -> int:
+        """How many worker groups this stage has."""
+        return self.dp_size or self.num_gpus
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """How many ranks a worker group has."""
+        return self.num_gpus // self.num_replicas
+
+    @property
+    def threads_per_rank(self) -> int:
+        """Torch threads of one rank."""
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.num_gpus)
+
+    def device_ids(self) -> list[list[str]]:
+        """The GPU ids of each replica, one inner list a replica, one id a rank."""
+        _require(
+            self.num_gpus % self.num_replicas == 0,
+            f"dp_size={self.dp_size} does not divide num_gpus={self.num_gpus}; num_gpus is dp_size times the ranks of a replica",
+        )
+        if not self.gpu_device_ids:
+            ids = [str(index) for index in range(self.num_gpus)]
+            size = self.ranks_per_replica
+            return [ids[start : start + size] for start in range(0, self.num_gpus, size)]
+        replicas = [[item.strip() for item in part.split(",")] for part in self.gpu_device_ids.split(";")]
+        _require(
+            len(replicas) == self.num_replicas
+            and all(len(replica) == self.ranks_per_replica and all(replica) for replica in replicas),
+            f"gpu_device_ids={self.gpu_device_ids!r} must list {self.num_replicas} replicas, separated by ';', of "
+            f"{self.ranks_per_replica} ids each, separated by ','",
+        )
+        return replicas
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainConfig:
+    """The chain model: the stages it calls and what a request may ask at most."""
+
+    model_path: str = "demo"
+    """The same checkpoint as that of the stages; the chain reads its configuration files only."""
+    text_encoding_model: str = "text_encoding"
+    """Name of the Triton model that encodes prompts."""
+    denoising_model: str = "denoising"
+    """Name of the Triton model that denoises."""
+    decoding_model: str = "decoding"
+    """Name of the Triton model that decodes latents and encodes pictures."""
+    max_concurrent_requests: int = 64
+    """Requests in the chain at a time; one more is refused as UNAVAILABLE."""
+    max_pixels: int = 4_194_304
+    """height x width of one picture at most."""
+    max_num_inference_steps: int = 200
+    """Denoising steps of one request at most."""
+    max_num_outputs: int = 8
+    """Pictures of one request at most."""
+    max_prompt_bytes: int = 16_384
+    """Length of a prompt in UTF-8 bytes at most."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int):
+                _require(value > 0, f"{field.name}={value} must be greater than 0")
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ChainConfig:
+        """Read the `parameters` of the chain's config.pbtxt; raises ConfigurationError."""
+        return _from_parameters(cls, parameters)
+
+
+def _from_parameters(config_class: type[_Config], parameters: Mapping[str, str]) -> _Config:
+    types = get_type_hints(config_class)
+    values: dict[str, Any] = {}
+    for name, text in parameters.items():
+        if name not in types:
+            known = ", ".join(types)
+            hint = nearest_name_hint(name, types)
+            raise ConfigurationError(f"parameter {name!r} is not known{hint}; known ones are {known}")
+        values[name] = _parse(name, text, types[name])
+    return config_class(**values)
+
+
+def _parse(name: str, text: str, expected: Any) -> Any:
+    choices = get_args(expected)
+    if choices:
+        _require(text in choices, f"{name}={text!r} must be one of {', '.join(choices)}")
+        return text
+    try:
+        return expected(text)
+    except ValueError:
+        raise ConfigurationError(f"{name}={text!r} must be {expected.__name__}") from None
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigurationError(message)

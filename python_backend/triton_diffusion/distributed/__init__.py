@@ -1,0 +1,1 @@
+"""Ranks and how they talk to each other."""

@@ -1,0 +1,104 @@
+"""Every error of the server, divided by who can act on it.
+
+DiffusionError
+├── InvalidRequestError      the caller: this request can never succeed
+├── RequestCancelledError    the caller: took the request back
+├── ConfigurationError       the operator: flags, config.pbtxt, checkpoint folder
+├── QueueFullError           load: come back later
+├── ShuttingDownError        load: this server is going away, another may answer
+├── StageError               us: a stage raised while it ran this request
+└── WorkerGroupError         us: the processes of a stage died or could not start
+
+Each class names its Triton status code (an attribute of `TritonError` in the Python backend) and the HTTP status that
+Triton's front end makes of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DiffusionError(Exception):
+    """Base of all errors that a caller may be shown; the message says what was given, what is allowed, what to do."""
+
+    triton_code = "INTERNAL"
+    http_status = 500
+
+
+class InvalidRequestError(DiffusionError):
+    """The request asks for something that this checkpoint or this deployment does not allow."""
+
+    triton_code = "INVALID_ARG"
+    http_status = 400
+
+
+class RequestCancelledError(DiffusionError):
+    """The caller cancelled the request or went away before it was finished."""
+
+    triton_code = "CANCELLED"
+    http_status = 499
+
+
+class ConfigurationError(DiffusionError):
+    """A flag, a parameter of config.pbtxt or the checkpoint folder is wrong; nothing can be served until it is mended."""
+
+
+class QueueFullError(DiffusionError):
+    """The admission queue of a stage is full."""
+
+    triton_code = "UNAVAILABLE"
+    http_status = 503
+
+
+class ShuttingDownError(DiffusionError):
+    """The stage is being unloaded."""
+
+    triton_code = "UNAVAILABLE"
+    http_status = 503
+
+
+class StageError(DiffusionError):
+    """A stage raised an exception while it ran this request; other requests are not affected."""
+
+
+class WorkerGroupError(DiffusionError):
+    """The rank processes of a stage died or did not start."""
+
+    triton_code = "UNAVAILABLE"
+    http_status = 503
+
+
+_BY_NAME = {
+    error.__name__: error
+    for error in (
+        InvalidRequestError,
+        RequestCancelledError,
+        ConfigurationError,
+        QueueFullError,
+        ShuttingDownError,
+        StageError,
+        WorkerGroupError,
+    )
+}
+
+
+def to_wire(error: BaseException) -> tuple[str, str]:
+    """The class name and message under which `error` crosses a process boundary.
+
+    An exception from outside our tree is a bug or a failing device: it travels as StageError with its type in the message.
+    """
+    if isinstance(error, DiffusionError):
+        return type(error).__name__, str(error)
+    return StageError.__name__, f"{type(error).__name__}: {error}"
+
+
+def from_wire(name: str, message: str) -> DiffusionError:
+    """The error that `to_wire` took apart."""
+    return _BY_NAME.get(name, StageError)(message)
+
+
+def nearest_name_hint(name: str, known: Iterable[str]) -> str:
+    """' (did you mean ...?)' for a name that is close to a known one, else an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""

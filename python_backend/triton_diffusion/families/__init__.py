@@ -1,0 +1,1 @@
+"""Model families: all that is particular to one kind of diffusion model."""

@@ -1,0 +1,122 @@
+"""What every model family provides: one torch-free description and three modules of plain functions.
+
+    families/<name>/__init__.py   FAMILY: the description, readable without torch
+    families/<name>/encode.py     encode_prompts(...)
+    families/<name>/denoise.py    prepare_schedule(...), prepare_latents(...), shared_inputs(...), predict(...)
+    families/<name>/decode.py     decode(...)
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+
+from triton_diffusion.loading.checkpoint import Checkpoint
+from triton_diffusion.request import GenerationRequest, RequestDefaults
+
+if TYPE_CHECKING:
+    import torch
+
+    from triton_diffusion.loading.components import Components
+
+
+class ModelFamily(ABC):
+    """What the Triton processes know of a family; no method here imports torch."""
+
+    name: ClassVar[str]
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    """The diffusers pipelines, as model_index.json names them, whose checkpoints this family serves."""
+    stage_components: ClassVar[Mapping[str, tuple[str, ...]]]
+    """For each stage model, the components it loads."""
+
+    @abstractmethod
+    def defaults(self, checkpoint: Checkpoint) -> RequestDefaults:
+        """What a request gets that leaves a value open, read from the checkpoint's configuration files."""
+
+    @abstractmethod
+    def num_tokens(self, request: GenerationRequest, checkpoint: Checkpoint) -> int:
+        """Length of the transformer's sequence for one row: the unit of its cost."""
+
+    def batch_key(self, stage: str, request: GenerationRequest) -> str:
+        """Rows of equal key may share a forward pass of `stage`."""
+        if stage == "text_encoding":
+            return f"{request.max_sequence_length}"
+        if stage == "decoding":
+            return f"{request.height}x{request.width}"
+        return f"{request.height}x{request.width}+{request.max_sequence_length}"
+
+    @property
+    def encode(self) -> EncodeModule:
+        """families/<name>/encode.py."""
+        return cast(EncodeModule, self._module("encode"))
+
+    @property
+    def denoise(self) -> DenoiseModule:
+        """families/<name>/denoise.py."""
+        return cast(DenoiseModule, self._module("denoise"))
+
+    @property
+    def decode(self) -> DecodeModule:
+        """families/<name>/decode.py."""
+        return cast(DecodeModule, self._module("decode"))
+
+    def _module(self, name: str) -> Any:
+        return importlib.import_module(f"triton_diffusion.families.{self.name}.{name}")
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as the transformer takes it.
+
+    conditioning: tensors by name, each (1, ...): for FLUX prompt_embeds (1, L, D) and pooled_prompt_embeds (1, P).
+    warning: what the caller should know, such as a prompt that was cut.
+    """
+
+    conditioning: dict[str, torch.Tensor]
+    warning: str | None = None
+
+
+class EncodeModule(Protocol):
+    """families/<name>/encode.py."""
+
+    def encode_prompts(
+        self, components: Components, prompts: Sequence[str], max_sequence_length: int
+    ) -> list[EncodedPrompt]:
+        """Encode a batch of prompts; the ranks that run the stage call it together."""
+
+
+class DenoiseModule(Protocol):
+    """families/<name>/denoise.py."""
+
+    def prepare_schedule(self, components: Components, request: GenerationRequest) -> Any:
+        """A diffusers scheduler set to its first step; one a row, since each keeps its position inside."""
+
+    def prepare_latents(self, components: Components, request: GenerationRequest) -> torch.Tensor:
+        """Noise (num_outputs, S, C), each row from its own seed."""
+
+    def shared_inputs(self, components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
+        """Arguments of the transformer that are equal for all rows of a batch_key, such as position ids."""
+
+    def predict(
+        self,
+        components: Components,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor],
+        shared: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """One forward pass of the transformer, every row at its own timestep.
+
+        latents: (B, S, C). timesteps: (B,) float32. conditioning: each (B, ...), with embedded_guidance_scale (B,) float32.
+        Returns the prediction (B, S, C).
+        """
+
+
+class DecodeModule(Protocol):
+    """families/<name>/decode.py."""
+
+    def decode(self, components: Components, latents: torch.Tensor, request: GenerationRequest) -> torch.Tensor:
+        """Pictures of a batch of latents (B, S, C): uint8 (B, H, W, 3) on the CPU."""

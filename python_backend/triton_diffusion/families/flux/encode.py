@@ -1,0 +1,50 @@
+"""Prompts to FLUX conditioning: CLIP's pooled embedding and T5's sequence, as diffusers' FluxPipeline makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from triton_diffusion.families.base import EncodedPrompt
+from triton_diffusion.loading.components import Components
+
+
+def encode_prompts(components: Components, prompts: Sequence[str], max_sequence_length: int) -> list[EncodedPrompt]:
+    """Encode B prompts in one pass of each encoder.
+
+    Returns for each prompt prompt_embeds (1, max_sequence_length, D) and pooled_prompt_embeds (1, P). CLIP cuts at its own
+    77 tokens (tokenizer.model_max_length) without a warning, since T5 still reads the rest.
+    """
+    clip, t5 = components["text_encoder"], components["text_encoder_2"]
+    clip_ids = _token_ids(components["tokenizer"], prompts, components["tokenizer"].model_max_length)
+    t5_ids = _token_ids(components["tokenizer_2"], prompts, max_sequence_length)
+    pooled = clip(clip_ids.to(clip.device)).pooler_output.to(clip.dtype)
+    embeds = t5(t5_ids.to(t5.device))[0].to(t5.dtype)
+    return [
+        EncodedPrompt(
+            conditioning={
+                "prompt_embeds": embeds[index : index + 1],
+                "pooled_prompt_embeds": pooled[index : index + 1],
+            },
+            warning=_cut_warning(components["tokenizer_2"], prompt, max_sequence_length),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
+    encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids: torch.Tensor = encoded.input_ids
+    return ids
+
+
+def _cut_warning(tokenizer: Any, prompt: str, max_sequence_length: int) -> str | None:
+    num_tokens = len(tokenizer(prompt, verbose=False).input_ids)
+    if num_tokens <= max_sequence_length:
+        return None
+    return (
+        f"the prompt has {num_tokens} tokens and was cut to max_sequence_length={max_sequence_length}; "
+        "what stands behind is not drawn"
+    )

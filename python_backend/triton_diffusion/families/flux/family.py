@@ -1,0 +1,62 @@
+"""FLUX as the Triton processes know it: defaults and cost, from the checkpoint's configuration files alone."""
+
+from __future__ import annotations
+
+from triton_diffusion.families.base import ModelFamily
+from triton_diffusion.loading.checkpoint import Checkpoint
+from triton_diffusion.request import GenerationRequest, RequestDefaults
+
+# The transformer takes 2 x 2 latent pixels as one token.
+PATCH_SIZE = 2
+# diffusers' FluxPipeline refuses more T5 tokens than this.
+LONGEST_SEQUENCE_LENGTH = 512
+
+
+def vae_scale_factor(vae_config: dict[str, list[int]]) -> int:
+    """Pixels of the picture to one of the latents, along one side."""
+    factor: int = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return factor
+
+
+class FluxFamily(ModelFamily):
+    """FLUX.1-dev, FLUX.1-schnell and checkpoints trained from them."""
+
+    name = "flux"
+    pipeline_classes = ("FluxPipeline",)
+    stage_components = {
+        "text_encoding": ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
+        "denoising": ("scheduler", "transformer"),
+        "decoding": ("vae",),
+    }
+
+    def defaults(self, checkpoint: Checkpoint) -> RequestDefaults:
+        """FluxPipeline's own defaults; the size is the one the autoencoder was trained at.
+
+        A checkpoint that neither takes a guidance scale nor shifts its schedule is distilled to few steps (schnell): 4.
+        """
+        vae = checkpoint.config("vae")
+        transformer = checkpoint.config("transformer")
+        schedule = checkpoint.config("scheduler", "scheduler_config.json")
+        tokenizer = checkpoint.config("tokenizer_2", "tokenizer_config.json")
+        guidance_distilled = bool(transformer["guidance_embeds"])
+        few_steps = not guidance_distilled and not schedule.get("use_dynamic_shifting")
+        size = int(vae["sample_size"])
+        return RequestDefaults(
+            height=size,
+            width=size,
+            size_multiple=vae_scale_factor(vae) * PATCH_SIZE,
+            num_inference_steps=4 if few_steps else 28,
+            guidance_scale=1.0,
+            embedded_guidance_scale=3.5 if guidance_distilled else None,
+            max_sequence_length=min(LONGEST_SEQUENCE_LENGTH, int(tokenizer["model_max_length"])),
+            longest_sequence_length=LONGEST_SEQUENCE_LENGTH,
+        )
+
+    def num_tokens(self, request: GenerationRequest, checkpoint: Checkpoint) -> int:
+        """Text tokens and 2 x 2 patches of the latents."""
+        pixels_per_token = vae_scale_factor(checkpoint.config("vae")) * PATCH_SIZE
+        image_tokens = (request.height // pixels_per_token) * (request.width // pixels_per_token)
+        return request.max_sequence_length + image_tokens
+
+
+FAMILY = FluxFamily()

@@ -1,0 +1,135 @@
+"""A checkpoint folder in diffusers layout, read without torch: which components it has and how they are configured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from triton_diffusion.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo_checkpoint"
+INDEX = "model_index.json"
+_UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder."""
+
+    path: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json."""
+        return _read_json(self.path / INDEX)
+
+    @property
+    def pipeline_class(self) -> str:
+        """The diffusers pipeline that the checkpoint is for, such as "FluxPipeline"."""
+        return str(self.index.get("_class_name"))
+
+    def component_class(self, name: str) -> tuple[str, str]:
+        """(library, class) of a component, such as ("diffusers", "AutoencoderKL")."""
+        entry = self.index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or None in entry:
+            raise ConfigurationError(f"{self.path / INDEX} has no component {name!r}, which {self.pipeline_class} needs")
+        return entry[0], entry[1]
+
+    def component_path(self, name: str) -> Path:
+        """The folder of a component."""
+        path = self.path / name
+        if not path.is_dir():
+            raise ConfigurationError(f"{self.path} has no folder {name!r}, which its {INDEX} names; copy the checkpoint whole")
+        return path
+
+    def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
+        """A configuration file of a component."""
+        return _read_json(self.component_path(name) / file)
+
+    def require_safetensors(self, name: str) -> None:
+        """Refuse a component that only has pickled weights.
+
+        Raises:
+            ConfigurationError: the folder of `name` has no safetensors file.
+        """
+        path = self.component_path(name)
+        if any(path.glob("*.safetensors")):
+            return
+        unsafe = sorted(file.name for file in path.iterdir() if file.suffix in _UNSAFE_SUFFIXES)
+        if unsafe:
+            raise ConfigurationError(
+                f"{path} has only {', '.join(unsafe)}: pickled weights can run code when they are opened and are not loaded; "
+                "convert them once where you trust them: load the pipeline with diffusers and call "
+                "save_pretrained(folder, safe_serialization=True)"
+            )
+        raise ConfigurationError(f"{path} has no *.safetensors file; the download may be incomplete")
+
+
+def open_checkpoint(model_path: str) -> Checkpoint:
+    """Find the folder that `model_path` means: "demo", a local folder, or a hub id (from the hub's cache, else downloaded).
+
+    Raises:
+        ConfigurationError: there is no such checkpoint; the message names the folders that were looked for.
+    """
+    path = DEMO_CHECKPOINT if model_path == DEMO else Path(model_path).expanduser()
+    if not path.is_dir() and _is_hub_id(model_path):
+        path = _hub_folder(model_path)
+    if not path.is_dir():
+        raise ConfigurationError(
+            f"model_path={model_path!r}: there is no folder {path.absolute()}; give a folder in diffusers layout, "
+            f"a hub id such as black-forest-labs/FLUX.1-schnell, or {DEMO!r}"
+        )
+    if not (path / INDEX).is_file():
+        raise ConfigurationError(
+            f"{path.absolute()} has no {INDEX}; a checkpoint must be in diffusers layout "
+            "(single-file checkpoints: load them with diffusers' from_single_file and call save_pretrained)"
+        )
+    return Checkpoint(path)
+
+
+def _is_hub_id(model_path: str) -> bool:
+    return model_path.count("/") == 1 and not model_path.startswith((".", "~", "/"))
+
+
+def _hub_folder(model_path: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{model_path.replace('/', '--')}"
+    looked_for = f"looked for the folder {Path(model_path).absolute()} and the hub cache {cache}"
+    try:
+        return Path(snapshot_download(model_path, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigurationError(
+            f"model_path={model_path!r} is not on this machine: {looked_for}; HF_HUB_OFFLINE is set, so nothing is downloaded; "
+            f"run `hf download {model_path}` where there is a network, or give a local folder"
+        )
+    logger.info("downloading %s from the hub into %s", model_path, cache)
+    try:
+        return Path(snapshot_download(model_path, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigurationError(
+            f"model_path={model_path!r} is not on this machine and could not be downloaded: {looked_for}; "
+            f"run `hf download {model_path}` where there is a network, or give a local folder ({error})"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot read {os.fspath(path)}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{path} must hold a JSON object")
+    return value

@@ -1,0 +1,206 @@
+"""What a caller may ask: the request, its tensors on the wire, and the rules it is checked against."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from triton_diffusion.config import ChainConfig
+from triton_diffusion.errors import InvalidRequestError, nearest_name_hint
+
+OUTPUT_FORMATS = ("b64_png", "png", "jpeg", "webp", "raw")
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """A request with every value decided; what is left open by the caller has been filled in.
+
+    Names are those of the diffusers pipelines, but for guidance: `guidance_scale` always means classifier-free guidance
+    (two predictions, mixed) and `embedded_guidance_scale` the number a guidance-distilled model is fed.
+    """
+
+    prompt: str
+    negative_prompt: str
+    """Used where guidance_scale is above 1; empty is the unconditional prompt."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    num_inference_steps: int
+    guidance_scale: float
+    """1 means no classifier-free guidance."""
+    embedded_guidance_scale: float
+    """Without effect on a checkpoint that is not guidance-distilled."""
+    seed: int
+    """Of the first output; output i is drawn from seed + i."""
+    num_outputs: int
+    max_sequence_length: int
+    """Tokens that the prompt is padded or cut to."""
+    output_format: str
+    output_quality: int
+    """1 to 100, for jpeg and webp."""
+    preview_interval: int = 0
+    """Steps between two previews; 0 for none."""
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether every step needs a second, unconditional prediction."""
+        return self.guidance_scale > 1
+
+    @property
+    def output_seeds(self) -> list[int]:
+        """The seed of each output, with which it can be drawn again alone."""
+        return [self.seed + index for index in range(self.num_outputs)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the field names."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> GenerationRequest:
+        """The request that `to_json` wrote."""
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestDefaults:
+    """What a checkpoint takes when the caller leaves a value open, and what it cannot do otherwise."""
+
+    height: int
+    width: int
+    size_multiple: int
+    """Height and width must be multiples of this many pixels."""
+    num_inference_steps: int
+    guidance_scale: float
+    embedded_guidance_scale: float | None
+    """None where the checkpoint is not guidance-distilled."""
+    max_sequence_length: int
+    longest_sequence_length: int
+    """Tokens that the text encoder takes at most."""
+
+
+INPUT_NAMES = tuple(field.name for field in dataclasses.fields(GenerationRequest))
+"""The input tensors of the chain; every one has shape [1]."""
+
+
+def resolve_request(
+    given: Mapping[str, Any], defaults: RequestDefaults, limits: ChainConfig
+) -> tuple[GenerationRequest, list[str]]:
+    """Check what the caller gave and decide what was left open.
+
+    Args:
+        given: Python values by input name; a name that is missing was not sent.
+        defaults: of the checkpoint that is served.
+        limits: of this deployment.
+
+    Returns:
+        The request and the warnings that go into its `timings`.
+
+    Raises:
+        InvalidRequestError: a value is not allowed; the message names it, what is allowed and what to do.
+    """
+    for name in given:
+        if name not in INPUT_NAMES:
+            raise InvalidRequestError(f"input {name!r} is not known{nearest_name_hint(name, INPUT_NAMES)}")
+    height = given.get("height", defaults.height)
+    width = given.get("width", defaults.width)
+    _check_size(height, width, defaults, limits)
+    num_outputs = _checked_int(given, "num_outputs", 1, 1, limits.max_num_outputs)
+    request = GenerationRequest(
+        prompt=_checked_prompt(given, "prompt", limits),
+        negative_prompt=_checked_prompt(given, "negative_prompt", limits),
+        height=height,
+        width=width,
+        num_inference_steps=_checked_int(
+            given, "num_inference_steps", defaults.num_inference_steps, 1, limits.max_num_inference_steps
+        ),
+        guidance_scale=_checked_scale(given, "guidance_scale", defaults.guidance_scale),
+        embedded_guidance_scale=_checked_scale(
+            given, "embedded_guidance_scale", defaults.embedded_guidance_scale or 0.0
+        ),
+        seed=_checked_seed(given, num_outputs),
+        num_outputs=num_outputs,
+        max_sequence_length=_checked_int(
+            given, "max_sequence_length", defaults.max_sequence_length, 1, defaults.longest_sequence_length
+        ),
+        output_format=_checked_format(given),
+        output_quality=_checked_int(given, "output_quality", 90, 1, 100),
+        preview_interval=_checked_int(given, "preview_interval", 0, 0, limits.max_num_inference_steps),
+    )
+    return request, _warnings(given, request, defaults)
+
+
+def _check_size(height: int, width: int, defaults: RequestDefaults, limits: ChainConfig) -> None:
+    multiple = defaults.size_multiple
+    for name, value in (("height", height), ("width", width)):
+        if value < multiple or value % multiple:
+            lower = max(multiple, value // multiple * multiple)
+            raise InvalidRequestError(
+                f"{name}={value} must be a positive multiple of {multiple} for this model; try {lower} or {lower + multiple}"
+            )
+    if height * width > limits.max_pixels:
+        raise InvalidRequestError(
+            f"height={height} x width={width} is {height * width} pixels; this server allows {limits.max_pixels} "
+            "(parameter max_pixels); ask for a smaller picture"
+        )
+
+
+def _checked_prompt(given: Mapping[str, Any], name: str, limits: ChainConfig) -> str:
+    if name == "prompt" and not given.get("prompt", "").strip():
+        raise InvalidRequestError("prompt is empty; say in words what to draw")
+    prompt = str(given.get(name, ""))
+    size_bytes = len(prompt.encode())
+    if size_bytes > limits.max_prompt_bytes:
+        raise InvalidRequestError(
+            f"{name} has {size_bytes} bytes; this server allows {limits.max_prompt_bytes} (parameter max_prompt_bytes); shorten it"
+        )
+    return prompt
+
+
+def _checked_int(given: Mapping[str, Any], name: str, default: int, lowest: int, highest: int) -> int:
+    value: int = given.get(name, default)
+    if not lowest <= value <= highest:
+        raise InvalidRequestError(f"{name}={value} must be between {lowest} and {highest}")
+    return value
+
+
+def _checked_scale(given: Mapping[str, Any], name: str, default: float) -> float:
+    value: float = given.get(name, default)
+    if not (math.isfinite(value) and 0 <= value <= 1000):
+        raise InvalidRequestError(f"{name}={value} must be a finite number between 0 and 1000")
+    return value
+
+
+def _checked_seed(given: Mapping[str, Any], num_outputs: int) -> int:
+    seed: int = given.get("seed", secrets.randbelow(2**32))
+    highest = MAX_SEED - (num_outputs - 1)
+    if not 0 <= seed <= highest:
+        raise InvalidRequestError(f"seed={seed} must be between 0 and {highest}; leave it out for a random one")
+    return seed
+
+
+def _checked_format(given: Mapping[str, Any]) -> str:
+    value = str(given.get("output_format", OUTPUT_FORMATS[0]))
+    if value not in OUTPUT_FORMATS:
+        hint = nearest_name_hint(value, OUTPUT_FORMATS)
+        raise InvalidRequestError(f"output_format={value!r} must be one of {', '.join(OUTPUT_FORMATS)}{hint}")
+    return value
+
+
+def _warnings(given: Mapping[str, Any], request: GenerationRequest, defaults: RequestDefaults) -> list[str]:
+    warnings = []
+    if "embedded_guidance_scale" in given and defaults.embedded_guidance_scale is None:
+        warnings.append("embedded_guidance_scale has no effect: this checkpoint is not guidance-distilled")
+    if "negative_prompt" in given and not request.uses_guidance:
+        warnings.append(f"negative_prompt has no effect at guidance_scale={request.guidance_scale}; set it above 1")
+    if request.uses_guidance and defaults.embedded_guidance_scale is not None:
+        warnings.append(
+            "guidance_scale mixes two predictions and doubles the work; "
+            "the distilled guidance of this checkpoint is embedded_guidance_scale"
+        )
+    return warnings

@@ -1,0 +1,112 @@
+"""Everything that the service and a worker group can tell each other: a closed set, encoded without pickle."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base of all messages."""
+
+
+class AdmitRequest(Message, frozen=True, kw_only=True):
+    """To the ranks: a request that later ticks will name."""
+
+    request_id: str
+    state: bytes
+    """A RequestState blob."""
+
+
+class RunTick(Message, frozen=True, kw_only=True):
+    """To the ranks: run these rows together. Rows of requests that are not here (any more) are passed over."""
+
+    tick_id: int
+    rows: list[tuple[str, int]]
+    num_steps: int
+
+
+class DropRequest(Message, frozen=True, kw_only=True):
+    """To the ranks: forget a request, it was cancelled."""
+
+    request_id: str
+
+
+class Shutdown(Message, frozen=True, kw_only=True):
+    """To the ranks: end."""
+
+
+class StoreListening(Message, frozen=True, kw_only=True):
+    """From rank 0: where the other ranks find the rendezvous store."""
+
+    port: int
+
+
+class GroupReady(Message, frozen=True, kw_only=True):
+    """From rank 0: every rank has loaded its components."""
+
+    device: str
+    dtype: str
+    load_s: float
+
+
+class GroupFailed(Message, frozen=True, kw_only=True):
+    """From rank 0: a rank could not load; the group ends itself."""
+
+    message: str
+
+
+class TickDone(Message, frozen=True, kw_only=True):
+    """From rank 0: a tick is through on all ranks."""
+
+    tick_id: int
+    duration_s: float
+    failed: dict[str, tuple[str, str]]
+    """By request id: class name and message of the error (errors.to_wire)."""
+    results: dict[str, bytes]
+    """By request id: RequestState blob of requests whose last row is through."""
+    previews: dict[str, bytes]
+    """By request id: RequestState blob for the decoding stage that shows the request as it stands."""
+
+
+ToRanks = AdmitRequest | RunTick | DropRequest | Shutdown
+FromRanks = StoreListening | GroupReady | GroupFailed | TickDone
+
+_encoder = msgspec.msgpack.Encoder()
+_to_ranks = msgspec.msgpack.Decoder(ToRanks)
+_from_ranks = msgspec.msgpack.Decoder(FromRanks)
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_to_ranks(data: bytes) -> ToRanks:
+    """A message for the ranks; raises msgspec.ValidationError."""
+    return _to_ranks.decode(data)
+
+
+def decode_from_ranks(data: bytes) -> FromRanks:
+    """A message from rank 0; raises msgspec.ValidationError."""
+    return _from_ranks.decode(data)
+
+
+class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
+    """First line on a rank's standard input: all it needs to know to start."""
+
+    stage_model: str
+    model_path: str
+    dtype: str
+    num_threads: int
+    rank: int
+    group_size: int
+    replica: int
+    run_dir: str
+    endpoint: str
+    """ZMQ endpoint of the service; rank 0 connects to it."""
+
+
+class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
+    """Second line on the standard input of ranks above 0."""
+
+    store_port: int

@@ -1,0 +1,162 @@
+"""The main program of one rank: `python -m triton_diffusion.runtime.rank`, started by a WorkerGroup.
+
+Standard input is the life line: its first line says what to run, and its end means that the Triton process is gone,
+whatever it died of. A rank then ends at once, and rank 0 removes the folder with the group's socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from typing import BinaryIO
+
+import msgspec
+import torch
+import torch.distributed as dist
+import zmq
+
+from triton_diffusion.distributed.group import RankGroup
+from triton_diffusion.errors import DiffusionError
+from triton_diffusion.families.registry import find_family
+from triton_diffusion.loading.checkpoint import open_checkpoint
+from triton_diffusion.loading.components import load_components
+from triton_diffusion.runtime import messages
+from triton_diffusion.runtime.messages import (
+    AdmitRequest,
+    DropRequest,
+    GroupFailed,
+    GroupReady,
+    RankLaunch,
+    Rendezvous,
+    RunTick,
+    Shutdown,
+    StoreListening,
+)
+from triton_diffusion.runtime.rank_executor import RankExecutor
+from triton_diffusion.stages.plan import make_plan
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Run a rank until it is told to end; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lifeline = sys.stdin.buffer
+    launch = msgspec.json.decode(lifeline.readline(), type=RankLaunch)
+    name = f"{launch.stage_model}[{launch.replica}.{launch.rank}]"
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s")
+    torch.set_num_threads(launch.num_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    channel = _ServiceChannel(launch) if launch.rank == 0 else None
+    store = _rendezvous(launch, lifeline, channel)
+    threading.Thread(target=_end_with_service, args=(lifeline, launch), daemon=True).start()
+    group = RankGroup(rank=launch.rank, size=launch.group_size, device=device, store=store)
+    executor = _load(launch, group, channel)
+    if executor is None:
+        return 1
+    _serve(executor, group, channel)
+    group.close()
+    return 0
+
+
+class _ServiceChannel:
+    """Rank 0's connection to the service."""
+
+    def __init__(self, launch: RankLaunch) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.connect(launch.endpoint)
+
+    def send(self, message: messages.Message) -> None:
+        self._socket.send(messages.encode(message))
+
+    def receive(self) -> bytes:
+        data: bytes = self._socket.recv()
+        return data
+
+
+def _rendezvous(launch: RankLaunch, lifeline: BinaryIO, channel: _ServiceChannel | None) -> dist.Store | None:
+    """The store that the ranks meet at: rank 0 hosts it on a port that the system chose, and the service hands it on."""
+    if launch.group_size == 1:
+        return None
+    if channel is not None:
+        store = dist.TCPStore("127.0.0.1", 0, launch.group_size, is_master=True, wait_for_workers=False)
+        channel.send(StoreListening(port=store.port))
+        return store
+    rendezvous = msgspec.json.decode(lifeline.readline(), type=Rendezvous)
+    return dist.TCPStore("127.0.0.1", rendezvous.store_port, launch.group_size, is_master=False)
+
+
+def _end_with_service(lifeline: BinaryIO, launch: RankLaunch) -> None:
+    # Past the buffered reader, whose lock a thread that waits here would hold when the interpreter ends.
+    while os.read(lifeline.fileno(), 1):
+        pass
+    if launch.rank == 0:
+        shutil.rmtree(launch.run_dir, ignore_errors=True)
+    os._exit(0)
+
+
+def _load(launch: RankLaunch, group: RankGroup, channel: _ServiceChannel | None) -> RankExecutor | None:
+    """Load the stage on this rank; None if that failed on any rank."""
+    started = time.monotonic()
+    dtype = choose_dtype(launch.dtype, group.device)
+    failures: dict[str, BaseException] = {}
+    executor = None
+    try:
+        checkpoint = open_checkpoint(launch.model_path)
+        family = find_family(checkpoint)
+        names = family.stage_components[launch.stage_model]
+        components = load_components(checkpoint, names, dtype=dtype, device=group.device)
+        executor = RankExecutor(launch.stage_model, make_plan(launch.stage_model, family, components), group)
+    except Exception as error:
+        if not isinstance(error, DiffusionError):
+            logger.exception("loading failed")
+        failures["load"] = error
+    failed = group.agree(failures)
+    if failed:
+        if channel is not None:
+            channel.send(GroupFailed(message=str(failed["load"])))
+        return None
+    if channel is not None:
+        load_s = time.monotonic() - started
+        channel.send(GroupReady(device=str(group.device), dtype=str(dtype).removeprefix("torch."), load_s=load_s))
+    return executor
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type that a configuration's `dtype` means on `device`.
+
+    "auto" is bfloat16 where the hardware multiplies in it (AVX512-BF16 or AMX on a CPU), else float32.
+    """
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _serve(executor: RankExecutor, group: RankGroup, channel: _ServiceChannel | None) -> None:
+    """Do what rank 0 hears, on all ranks, until Shutdown."""
+    while True:
+        data = group.broadcast_bytes(channel.receive() if channel else None)
+        match messages.decode_to_ranks(data):
+            case AdmitRequest() as message:
+                executor.admit(message)
+            case RunTick() as tick:
+                done = executor.run(tick)
+                if channel:
+                    channel.send(done)
+            case DropRequest(request_id=request_id):
+                executor.drop(request_id)
+            case Shutdown():
+                return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

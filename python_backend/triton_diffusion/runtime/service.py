@@ -1,0 +1,392 @@
+"""StageService: one stage model as its Triton instance sees it. Requests go in, answers come out of a callback.
+
+One thread owns the scheduler, the worker groups and every request in them; other threads only put commands in its inbox. It
+never waits for anything but its poller, and never imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import zmq
+
+from triton_diffusion.config import StageConfig
+from triton_diffusion.errors import (
+    DiffusionError,
+    InvalidRequestError,
+    RequestCancelledError,
+    ShuttingDownError,
+    StageError,
+    WorkerGroupError,
+    from_wire,
+)
+from triton_diffusion.families.registry import find_family
+from triton_diffusion.loading.checkpoint import open_checkpoint
+from triton_diffusion.runtime.messages import (
+    AdmitRequest,
+    DropRequest,
+    GroupFailed,
+    GroupReady,
+    RunTick,
+    TickDone,
+)
+from triton_diffusion.runtime.work import rows_and_steps
+from triton_diffusion.runtime.worker_group import WorkerGroup
+from triton_diffusion.scheduler import Scheduler, Work
+from triton_diffusion.state import (
+    CancelOrder,
+    Progress,
+    ProgressQuery,
+    RequestState,
+    StageTimings,
+    read_stage_input,
+    read_state,
+    replace_metadata,
+    write_progress,
+)
+
+logger = logging.getLogger(__name__)
+
+Answer = bytes | DiffusionError
+OnAnswer = Callable[[Answer], None]
+
+# One tick runs, the next waits at the rank: the device never waits for this process.
+_TICKS_IN_FLIGHT = 2
+# A request that was in flight at this many deaths of its group is taken for their cause.
+_MAX_ATTEMPTS = 2
+_ENDED = Progress(step=0, total=0, elapsed_s=0.0, remaining_s=None, ended=True)
+
+
+@dataclass
+class _Request:
+    """A request that this stage owes an answer."""
+
+    blob: bytes
+    state: RequestState
+    on_answer: OnAnswer
+    attempts: int = 0
+    preview: bytes | None = None
+    preview_step: int = 0
+    watchers: list[tuple[ProgressQuery, OnAnswer]] = field(default_factory=list)
+
+
+@dataclass
+class _Replica:
+    """A worker group and where it stands in its life; a group that died is replaced after `restart_at_s`."""
+
+    index: int
+    group: WorkerGroup | None = None
+    ready: bool = False
+    start_deadline_s: float = 0.0
+    in_flight: int = 0
+    failure: str | None = None
+    failed_starts: int = 0
+    restart_at_s: float = 0.0
+
+
+class StageService:
+    """Scheduler and worker groups of one stage model, behind `submit`."""
+
+    def __init__(self, stage_model: str, config: StageConfig) -> None:
+        self._stage_model = stage_model
+        self._config = config
+        self._checkpoint = open_checkpoint(config.model_path)
+        self._family = find_family(self._checkpoint)
+        self._scheduler = Scheduler(
+            num_replicas=config.num_replicas,
+            max_queue_size=config.max_queue_size,
+            max_batch_size=config.max_batch_size,
+            step_batching=config.denoising_loop == "step_batching",
+            clock=time.monotonic,
+        )
+        self._requests: dict[str, _Request] = {}
+        self._inbox_lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._replicas = [_Replica(index) for index in range(config.num_replicas)]
+        self._started: queue.SimpleQueue[DiffusionError | None] = queue.SimpleQueue()
+        self._has_started = False
+        self._stopping = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"{stage_model}-service", daemon=True)
+
+    def start(self) -> None:
+        """Start all worker groups and wait until they have loaded.
+
+        Raises:
+            DiffusionError: a group could not load, or not in time; nothing is left running.
+        """
+        self._thread.start()
+        error = self._started.get()
+        if error is not None:
+            self._thread.join()
+            raise error
+
+    def submit(self, blob: bytes, on_answer: OnAnswer) -> None:
+        """Hand in a state, a progress query or a cancel order; `on_answer` is called exactly once, whatever happens."""
+        if not self._call(lambda: self._take(blob, on_answer)):
+            on_answer(self._shutting_down())
+
+    def stop(self) -> None:
+        """End the worker groups; requests that are still here fail with ShuttingDownError."""
+        self._call(self._begin_stop)
+        self._thread.join()
+
+    def _call(self, command: Callable[[], None]) -> bool:
+        """Have the service's thread run `command`; False when the service has closed."""
+        with self._inbox_lock:
+            if self._closed:
+                return False
+            self._inbox.put(command)
+            os.eventfd_write(self._wake_fd, 1)
+            return True
+
+    def _shutting_down(self) -> ShuttingDownError:
+        return ShuttingDownError(f"{self._stage_model} is being unloaded; try again")
+
+    def _begin_stop(self) -> None:
+        self._stopping = True
+
+    # Everything below runs in the service's own thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except BaseException as error:
+            logger.exception("the service of %s broke down", self._stage_model)
+            self._started.put(StageError(f"the service of {self._stage_model} broke down: {error!r}"))
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for replica in self._replicas:
+            if replica.group is not None:
+                replica.group.stop(graceful=replica.ready)
+        with self._inbox_lock:
+            self._closed = True
+        self._drain_inbox()
+        for request_id in list(self._requests):
+            self._end(request_id, self._shutting_down())
+        self._context.term()
+        os.close(self._wake_fd)
+
+    def _turn(self) -> None:
+        """Wait for something to happen, and do what follows from it."""
+        self._wait()
+        self._drain_inbox()
+        for replica in self._replicas:
+            if replica.group is not None:
+                self._watch(replica, replica.group)
+            elif time.monotonic() >= replica.restart_at_s:
+                self._start_group(replica)
+            self._send_ticks(replica)
+
+    def _wait(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_fd, zmq.POLLIN)
+        timeout_ms = None
+        for replica in self._replicas:
+            if not replica.ready:
+                timeout_ms = 0 if replica.group is None and not replica.failed_starts else 200
+            if replica.group is not None:
+                for source in (replica.group.socket, *replica.group.pidfds):
+                    poller.register(source, zmq.POLLIN)
+        poller.poll(timeout_ms)
+
+    def _drain_inbox(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    # Worker groups.
+
+    def _start_group(self, replica: _Replica) -> None:
+        replica.group = WorkerGroup(
+            stage_model=self._stage_model,
+            model_path=str(self._checkpoint.path),
+            config=self._config,
+            replica=replica.index,
+            context=self._context,
+        )
+        replica.failure = None
+        replica.start_deadline_s = time.monotonic() + self._config.startup_timeout_s
+        logger.info("%s: starting replica %d, pids %s", self._stage_model, replica.index, replica.group.pids)
+
+    def _watch(self, replica: _Replica, group: WorkerGroup) -> None:
+        while (message := group.receive()) is not None:
+            match message:
+                case GroupReady():
+                    self._group_ready(replica, message)
+                case GroupFailed():
+                    replica.failure = message.message
+                case TickDone():
+                    replica.in_flight -= 1
+                    self._tick_done(group, message)
+        if (death := group.describe_death()) is not None:
+            self._group_died(replica, group, death)
+        elif not replica.ready and time.monotonic() > replica.start_deadline_s:
+            self._group_died(replica, group, f"did not load within startup_timeout_s={self._config.startup_timeout_s}")
+
+    def _group_ready(self, replica: _Replica, message: GroupReady) -> None:
+        replica.ready = True
+        replica.failed_starts = 0
+        logger.info(
+            "%s: replica %d is ready on %s in %s after %.1f s",
+            self._stage_model,
+            replica.index,
+            message.device,
+            message.dtype,
+            message.load_s,
+        )
+        if all(each.ready for each in self._replicas):
+            self._has_started = True
+            self._started.put(None)
+
+    def _group_died(self, replica: _Replica, group: WorkerGroup, death: str) -> None:
+        """Replace a group that is gone, and run its requests again; before the first start is over, give up."""
+        reason = f"replica {replica.index} of {self._stage_model}: {replica.failure or death}"
+        logger.error("%s", reason)
+        group.stop(graceful=False)
+        loaded = replica.ready
+        replica.group, replica.ready, replica.in_flight = None, False, 0
+        if not self._has_started:
+            self._started.put(WorkerGroupError(reason))
+            self._stopping = True
+            return
+        for request_id in self._scheduler.reset_replica(replica.index):
+            request = self._requests[request_id]
+            request.attempts += 1
+            if request.attempts >= _MAX_ATTEMPTS:
+                self._end(request_id, WorkerGroupError(f"{reason}; this request was running each time, it is given up"))
+            else:
+                logger.warning("%s: request %s starts anew", self._stage_model, request_id)
+        if not loaded:
+            replica.failed_starts += 1
+            for request_id in self._scheduler.requests_of(replica.index):
+                self._end(request_id, WorkerGroupError(f"{reason}; its ranks do not start again; see the server's log"))
+        back_off_s = min(30.0, 2.0**replica.failed_starts) if replica.failed_starts else 0.0
+        replica.restart_at_s = time.monotonic() + back_off_s
+
+    def _send_ticks(self, replica: _Replica) -> None:
+        while replica.ready and replica.group is not None and replica.in_flight < _TICKS_IN_FLIGHT:
+            tick = self._scheduler.next_tick(replica.index)
+            if tick is None:
+                return
+            for request_id in tick.admissions:
+                replica.group.send(AdmitRequest(request_id=request_id, state=self._requests[request_id].blob))
+            replica.group.send(RunTick(tick_id=tick.tick_id, rows=list(tick.rows), num_steps=tick.num_steps))
+            replica.in_flight += 1
+
+    def _tick_done(self, group: WorkerGroup, done: TickDone) -> None:
+        for request_id, wire in done.failed.items():
+            if request_id in self._requests:
+                group.send(DropRequest(request_id=request_id))
+                self._end(request_id, from_wire(*wire))
+        finished = self._scheduler.finish_tick(done.tick_id, done.duration_s)
+        for request_id, preview in done.previews.items():
+            if request_id in self._requests:
+                request = self._requests[request_id]
+                request.preview, request.preview_step = preview, self._scheduler.entry(request_id).step
+        for request_id, request in self._requests.items():
+            if request.watchers:
+                self._tell_watchers(request_id, request)
+        for request_id in finished:
+            self._end(request_id, self._with_timings(request_id, done.results[request_id]))
+
+    # Requests.
+
+    def _take(self, blob: bytes, on_answer: OnAnswer) -> None:
+        try:
+            match read_stage_input(blob):
+                case RequestState() as state:
+                    self._admit(blob, state, on_answer)
+                case ProgressQuery() as query:
+                    self._watch_progress(query, on_answer)
+                case CancelOrder(request_id=request_id):
+                    self._cancel(request_id, on_answer)
+        except DiffusionError as error:
+            on_answer(error)
+
+    def _admit(self, blob: bytes, state: RequestState, on_answer: OnAnswer) -> None:
+        if state.request_id in self._requests:
+            raise InvalidRequestError(f"request id {state.request_id!r} is in use by a request that runs")
+        num_rows, num_steps = rows_and_steps(self._stage_model, state.request)
+        work = Work(
+            request_id=state.request_id,
+            batch_key=self._family.batch_key(self._stage_model, state.request),
+            num_rows=num_rows,
+            num_steps=num_steps,
+            tokens=self._family.num_tokens(state.request, self._checkpoint),
+        )
+        self._scheduler.submit(work)
+        self._requests[state.request_id] = _Request(blob, state, on_answer)
+
+    def _cancel(self, request_id: str, on_answer: OnAnswer) -> None:
+        if request_id in self._requests:
+            entry = self._scheduler.entry(request_id)
+            group = self._replicas[entry.replica].group
+            if group is not None and entry.started_s is not None:
+                group.send(DropRequest(request_id=request_id))
+            self._end(request_id, RequestCancelledError(f"cancelled in {self._stage_model} after {entry.step} steps"))
+        on_answer(write_progress(_ENDED, None))
+
+    def _watch_progress(self, query: ProgressQuery, on_answer: OnAnswer) -> None:
+        request = self._requests.get(query.request_id)
+        if request is None:
+            on_answer(write_progress(_ENDED, None))
+            return
+        request.watchers.append((query, on_answer))
+        self._tell_watchers(query.request_id, request)
+
+    def _tell_watchers(self, request_id: str, request: _Request) -> None:
+        progress = self._progress(request_id)
+        for query, on_answer in list(request.watchers):
+            if progress.step > query.after_step:
+                request.watchers.remove((query, on_answer))
+                on_answer(write_progress(progress, request.preview if request.preview_step > query.after_step else None))
+
+    def _progress(self, request_id: str) -> Progress:
+        entry = self._scheduler.entry(request_id)
+        now = time.monotonic()
+        elapsed_s = now - (entry.started_s or now)
+        total = entry.work.num_steps
+        remaining_s = elapsed_s / entry.step * (total - entry.step) if entry.step else None
+        return Progress(entry.step, total, elapsed_s, remaining_s)
+
+    def _with_timings(self, request_id: str, blob: bytes) -> bytes:
+        """The result of a request, with what this stage measured."""
+        entry = self._scheduler.entry(request_id)
+        state = read_state(blob)
+        started_s = entry.started_s or entry.submitted_s
+        timings = StageTimings(queue_s=started_s - entry.submitted_s, run_s=time.monotonic() - started_s)
+        if entry.work.num_steps > 1 or self._stage_model == "denoising":
+            timings.steps_s = entry.steps_s
+        state.timings[self._stage_model] = timings
+        return replace_metadata(blob, state.metadata())
+
+    def _end(self, request_id: str, answer: Answer) -> None:
+        """The one place where a request leaves: its caller and all who watch it are told."""
+        entry = self._scheduler.remove(request_id)
+        request = self._requests.pop(request_id)
+        logger.info(
+            "%s: request %s %s after %d of %d steps, %.3f s",
+            self._stage_model,
+            request_id,
+            f"failed: {answer}" if isinstance(answer, DiffusionError) else "done",
+            entry.step,
+            entry.work.num_steps,
+            time.monotonic() - entry.submitted_s,
+        )
+        request.on_answer(answer)
+        for _, on_answer in request.watchers:
+            on_answer(write_progress(_ENDED, None))

@@ -1,0 +1,1 @@
+"""The stages that a request goes through, each a PipelineStage; which Triton model runs which is said in `plan`."""

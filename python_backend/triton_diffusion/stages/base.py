@@ -1,0 +1,142 @@
+"""PipelineStage: one modular step of the pipeline, with a contract on what it takes and leaves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from triton_diffusion.errors import StageError
+from triton_diffusion.request import GenerationRequest
+
+if TYPE_CHECKING:
+    import torch
+
+Item = TypeVar("Item")
+
+
+class StageParallelism(Enum):
+    """Which ranks of a worker group run a stage."""
+
+    REPLICATED = "replicated"
+    """Every rank runs it; what is sharded is sharded inside the model."""
+    MAIN_RANK_ONLY = "main_rank_only"
+    """Rank 0 runs it, the others wait for its outcome."""
+    MAIN_RANK_ONLY_AND_SEND_TO_OTHERS = "main_rank_only_and_send_to_others"
+    """Rank 0 runs it and its outputs are broadcast: for results that must agree to the bit, such as sampled tokens."""
+    CFG_PARALLEL = "cfg_parallel"
+    """Conditional and unconditional predictions on different ranks of the cfg axis; on a cfg axis of 1, as REPLICATED."""
+
+
+@dataclass
+class DenoiseRow:
+    """One picture in the making.
+
+    latents: (1, S, C). conditioning: the transformer's arguments, each (1, ...). The position in the schedule lives in
+    `noise_scheduler`, which belongs to this row alone.
+    """
+
+    key: str
+    """Names this row among all others, so that a batch can tell whether it is the one of the last step."""
+    latents: torch.Tensor
+    noise_scheduler: Any
+    timesteps: torch.Tensor
+    conditioning: dict[str, torch.Tensor]
+    negative_conditioning: dict[str, torch.Tensor] | None
+    shared: dict[str, torch.Tensor]
+    guidance_scale: float
+    preview_interval: int
+    step: int = 0
+    prediction: torch.Tensor | None = None
+    preview: torch.Tensor | None = None
+    """Estimate of the clean latents (1, S, C) at a step that wants a preview."""
+
+
+@dataclass
+class Conditioning:
+    """What steers the denoising of one request; each tensor (1, ...)."""
+
+    positive: dict[str, torch.Tensor]
+    negative: dict[str, torch.Tensor] | None
+
+
+@dataclass
+class StageRequest:
+    """A request as the ranks of a stage hold it: inputs from the stage before, outputs for the stage behind."""
+
+    request_id: str
+    request: GenerationRequest
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    conditioning: Conditioning | None = None
+    noise_schedulers: list[Any] = field(default_factory=list)
+    rows: list[DenoiseRow] = field(default_factory=list)
+
+    def require_inputs(self, *names: str) -> None:
+        """Raise StageError for an input that the stage before did not leave."""
+        for name in names:
+            if name not in self.inputs:
+                raise StageError(f"tensor {name!r} is missing; the state has {sorted(self.inputs) or 'no tensors'}")
+
+    def require_outputs(self, *names: str) -> None:
+        """Raise StageError for an output that is missing or not finite."""
+        for name in names:
+            if name not in self.outputs:
+                raise StageError(f"the stage left no tensor {name!r}")
+            require_finite(name, self.outputs[name])
+
+
+class PipelineStage(ABC, Generic[Item]):
+    """One stage. Calling it checks the contract on every item of the batch before and behind `forward`."""
+
+    name: ClassVar[str]
+    parallelism: ClassVar[StageParallelism] = StageParallelism.REPLICATED
+
+    def __call__(self, batch: Sequence[Item]) -> None:
+        """Run the stage on items that may share a forward pass."""
+        for item in batch:
+            self.verify_input(item)
+        self.forward(batch)
+        for item in batch:
+            self.verify_output(item)
+
+    def verify_input(self, item: Item) -> None:
+        """Raise a DiffusionError if the item lacks what the stage needs."""
+
+    @abstractmethod
+    def forward(self, batch: Sequence[Item]) -> None:
+        """Do the work, and leave the result in the items."""
+
+    def verify_output(self, item: Item) -> None:
+        """Raise a DiffusionError if the result is not what the next stage needs."""
+
+
+class TickStage(PipelineStage[Item]):
+    """The stage that a tick of the scheduler runs, between those that prepare a request and the end of its work.
+
+    `forward` may fail on one rank and is then given up on all, so it must leave no trace but results that a second run
+    overwrites; `commit` comes when all ranks have agreed that it succeeded.
+    """
+
+    @abstractmethod
+    def items(self, request: StageRequest, row: int) -> Item:
+        """The item that is row `row` of a request."""
+
+    def commit(self, batch: Sequence[Item]) -> None:
+        """Make the results of `forward` count."""
+
+    def collect(self, request: StageRequest) -> None:
+        """Rank 0 alone: make the request's outputs, once all its rows are through."""
+
+    def preview(self, request: StageRequest) -> dict[str, torch.Tensor] | None:
+        """Rank 0 alone: what the decoding stage needs to show the request as it stands, if this step wants that."""
+        return None
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise StageError if a floating-point tensor has a NaN or an infinity."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise StageError(f"tensor {name!r} is not finite (NaN or infinity); lower the guidance or use dtype float32")

@@ -1,0 +1,188 @@
+"""RequestState: a request and its tensors on their way from stage to stage.
+
+On the wire it is one safetensors blob: plain JSON in the metadata, named tensors of any dtype in the body. The Triton
+processes read the header alone and hand the body on as bytes, so they never need torch. Reading a blob runs no code of
+its sender, unlike pickle.
+
+A stage model also takes two questions about a request that it is working on (`ProgressQuery`, `CancelOrder`) through the
+same input tensor, told apart by the metadata's only key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from safetensors import deserialize
+from safetensors.numpy import save
+
+from triton_diffusion.errors import InvalidRequestError
+from triton_diffusion.request import GenerationRequest
+
+MAX_HEADER_BYTES = 4 << 20
+STATE, PROGRESS, CANCEL = "state", "progress", "cancel"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype (safetensors' name, such as BF16) and shape of a tensor in a blob."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class StageTimings:
+    """What one stage measured for one request, in seconds."""
+
+    queue_s: float = 0.0
+    run_s: float = 0.0
+    steps_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class RequestState:
+    """The part of the state that every process can read; the tensors stay bytes, see `tensor_infos`.
+
+    `request_id` is scoped by the chain that made it, so that no caller can name another caller's request.
+    """
+
+    request_id: str
+    request: GenerationRequest
+    timings: dict[str, StageTimings] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    tensor_infos: dict[str, TensorInfo] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, str]:
+        """The safetensors metadata that carries this state."""
+        values = {
+            "request_id": self.request_id,
+            "request": self.request.to_json(),
+            "timings": {stage: asdict(timing) for stage, timing in self.timings.items()},
+            "warnings": self.warnings,
+        }
+        return {STATE: json.dumps(values)}
+
+
+@dataclass(frozen=True)
+class ProgressQuery:
+    """Asks the stage to answer as soon as the request has done more than `after_step` steps, or has ended."""
+
+    request_id: str
+    after_step: int
+
+
+@dataclass(frozen=True)
+class CancelOrder:
+    """Tells the stage to drop the request before its next step."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands in a stage."""
+
+    step: int
+    total: int
+    elapsed_s: float
+    remaining_s: float | None
+    """None while it waits in the queue."""
+    ended: bool = False
+
+
+StageInput = RequestState | ProgressQuery | CancelOrder
+
+
+def read_metadata(blob: bytes | memoryview) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The metadata and the tensors' names, dtypes and shapes of a safetensors blob, without touching its body.
+
+    Raises:
+        InvalidRequestError: the bytes are not a safetensors blob.
+    """
+    try:
+        header_bytes = int.from_bytes(blob[:8], "little")
+        if not 0 < header_bytes <= min(MAX_HEADER_BYTES, len(blob) - 8):
+            raise ValueError(f"header length {header_bytes} does not fit {len(blob)} bytes")
+        header: dict[str, Any] = json.loads(bytes(blob[8 : 8 + header_bytes]))
+        metadata: dict[str, str] = header.pop("__metadata__", {})
+        infos = {name: TensorInfo(info["dtype"], tuple(info["shape"])) for name, info in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidRequestError(f"input 'state' is not a safetensors blob: {error}") from error
+    return metadata, infos
+
+
+def read_stage_input(blob: bytes | memoryview) -> StageInput:
+    """What a blob sent to a stage model is; raises InvalidRequestError."""
+    metadata, infos = read_metadata(blob)
+    try:
+        if PROGRESS in metadata:
+            return ProgressQuery(**json.loads(metadata[PROGRESS]))
+        if CANCEL in metadata:
+            return CancelOrder(**json.loads(metadata[CANCEL]))
+        values = json.loads(metadata[STATE])
+        return RequestState(
+            request_id=values["request_id"],
+            request=GenerationRequest.from_json(values["request"]),
+            timings={stage: StageTimings(**timing) for stage, timing in values["timings"].items()},
+            warnings=list(values["warnings"]),
+            tensor_infos=infos,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"input 'state' carries no request: {type(error).__name__} {error}; stage models are called by the chain model"
+        ) from error
+
+
+def read_state(blob: bytes | memoryview) -> RequestState:
+    """The state in a blob that must be one; raises InvalidRequestError."""
+    state = read_stage_input(blob)
+    if not isinstance(state, RequestState):
+        raise InvalidRequestError(f"input 'state' is a {type(state).__name__}, not a request")
+    return state
+
+
+def write_state(state: RequestState) -> bytes:
+    """A blob with no tensors: how a request begins."""
+    return save({}, state.metadata())
+
+
+def write_progress_query(query: ProgressQuery) -> bytes:
+    """The blob that asks a stage how far a request is."""
+    return save({}, {PROGRESS: json.dumps(asdict(query))})
+
+
+def write_cancel_order(order: CancelOrder) -> bytes:
+    """The blob that cancels a request in a stage."""
+    return save({}, {CANCEL: json.dumps(asdict(order))})
+
+
+def write_progress(progress: Progress, preview: bytes | None) -> bytes:
+    """The answer to a ProgressQuery; `preview` is the state blob of a preview for the decoding stage."""
+    tensors = {} if preview is None else {"preview": np.frombuffer(preview, np.uint8)}
+    return save(tensors, {PROGRESS: json.dumps(asdict(progress))})
+
+
+def read_progress(blob: bytes) -> tuple[Progress, bytes | None]:
+    """The progress and preview that `write_progress` put together."""
+    metadata, infos = read_metadata(blob)
+    preview = read_tensors(blob)["preview"] if "preview" in infos else None
+    return Progress(**json.loads(metadata[PROGRESS])), preview
+
+
+def read_tensors(blob: bytes) -> dict[str, bytes]:
+    """The raw bytes of each tensor of a blob, for processes without torch."""
+    return {name: bytes(tensor["data"]) for name, tensor in deserialize(blob)}
+
+
+def replace_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:
+    """The blob with other metadata; the body is copied as it is."""
+    header_bytes = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + header_bytes])
+    header["__metadata__"] = dict(metadata)
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return b"".join((len(encoded).to_bytes(8, "little"), encoded, memoryview(blob)[8 + header_bytes :]))

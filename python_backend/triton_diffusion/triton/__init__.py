@@ -1,0 +1,6 @@
+"""What the models of the repository are made of: the only package that imports triton_python_backend_utils."""
+
+from triton_diffusion.triton.chain_model import ChainModel
+from triton_diffusion.triton.stage_model import StageModel
+
+__all__ = ["ChainModel", "StageModel"]

@@ -1,0 +1,290 @@
+"""ChainModel: the BLS model that takes a request through the stages and answers its caller."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, ClassVar
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from triton_diffusion.config import ChainConfig
+from triton_diffusion.errors import DiffusionError, QueueFullError, RequestCancelledError
+from triton_diffusion.families.registry import find_family
+from triton_diffusion.loading.checkpoint import open_checkpoint
+from triton_diffusion.request import INPUT_NAMES
+from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
+from triton_diffusion.state import (
+    CancelOrder,
+    Progress,
+    ProgressQuery,
+    RequestState,
+    StageTimings,
+    read_progress,
+    read_state,
+    read_tensors,
+    replace_metadata,
+    write_cancel_order,
+    write_progress_query,
+    write_state,
+)
+from triton_diffusion.triton.conversion import (
+    STATE,
+    bytes_tensor,
+    from_triton_error,
+    json_tensor,
+    read_inputs,
+    read_parameters,
+    read_state_tensor,
+    send_final,
+    set_up_logging,
+    state_tensor,
+    triton_error,
+)
+
+logger = logging.getLogger(__name__)
+
+# How soon a caller that went away is noticed.
+_CANCEL_POLL_S = 0.05
+
+
+class ChainModel:
+    """Each request runs in a thread of its own, which calls one stage after the other by blocking BLS.
+
+    The stages cannot see that a caller went away; a watching thread sees it here and tells the stage in band.
+    """
+
+    stream: ClassVar[bool]
+    """Whether progress and previews are sent before the result; needs a decoupled model."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the checkpoint's configuration; the weights are the stages' business."""
+        set_up_logging(args["model_name"])
+        try:
+            self._config = ChainConfig.from_parameters(read_parameters(args))
+            checkpoint = open_checkpoint(self._config.model_path)
+            defaults = find_family(checkpoint).defaults(checkpoint)
+        except DiffusionError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        self._validation = InputValidationStage(defaults, self._config)
+        self._threads = ThreadPoolExecutor(self._config.max_concurrent_requests, "request")
+        self._helpers = ThreadPoolExecutor(self._config.max_concurrent_requests, "stage-call")
+        self._jobs: dict[str, _Job] = {}
+        self._jobs_lock = threading.Lock()
+        self._scope = uuid.uuid4().hex
+        self._counter = itertools.count()
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch_cancellation, name="cancel-watcher", daemon=True)
+        self._watcher.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Start a thread for every request; the answer goes out through the response sender."""
+        for request in requests:
+            job = _Job(f"{self._scope}-{next(self._counter)}", request.request_id(), request.get_response_sender())
+            try:
+                self._register(job)
+                given = read_inputs(request, INPUT_NAMES)
+                self._threads.submit(self._run, job, given)
+            except Exception as error:
+                self._finish(job, pb_utils.InferenceResponse(error=triton_error(error)))
+
+    def finalize(self) -> None:
+        """Wait for the requests that run; Triton sends no new ones."""
+        self._threads.shutdown()
+        self._helpers.shutdown()
+        self._stopping.set()
+        self._watcher.join()
+
+    def _register(self, job: _Job) -> None:
+        with self._jobs_lock:
+            full = len(self._jobs) >= self._config.max_concurrent_requests
+            self._jobs[job.request_id] = job
+        if full:
+            raise QueueFullError(
+                f"{self._config.max_concurrent_requests} requests run already "
+                "(parameter max_concurrent_requests); try again later"
+            )
+
+    def _finish(self, job: _Job, response: Any) -> None:
+        """The one place where a request ends."""
+        with self._jobs_lock:
+            del self._jobs[job.request_id]
+        job.finish(response)
+
+    def _run(self, job: _Job, given: dict[str, Any]) -> None:
+        try:
+            response = pb_utils.InferenceResponse(output_tensors=self._generate(job, given))
+        except Exception as error:
+            if not isinstance(error, DiffusionError):
+                logger.exception("request %s failed", job.request_id)
+            response = pb_utils.InferenceResponse(error=triton_error(error))
+        self._finish(job, response)
+
+    def _generate(self, job: _Job, given: dict[str, Any]) -> list[Any]:
+        """Take a request through all stages; returns the output tensors."""
+        incoming = IncomingRequest(given)
+        self._validation([incoming])
+        assert incoming.request is not None
+        validation = StageTimings(run_s=time.monotonic() - job.arrived_s)
+        state = RequestState(
+            job.request_id, incoming.request, {self._validation.name: validation}, incoming.warnings
+        )
+        blob = self._call(job, self._config.text_encoding_model, write_state(state))
+        blob = self._denoise_in_view(job, blob) if self.stream else self._denoise(job, blob)
+        blob = self._call(job, self._config.decoding_model, blob)
+        return _output_tensors(job, blob)
+
+    def _denoise(self, job: _Job, blob: bytes) -> bytes:
+        return self._call(job, self._config.denoising_model, blob)
+
+    def _denoise_in_view(self, job: _Job, blob: bytes) -> bytes:
+        """Denoise, and meanwhile send the caller a message for every step."""
+        result = self._helpers.submit(self._denoise, job, blob)
+        step = 0
+        while not result.done():
+            progress, preview = self._ask_progress(job, step)
+            if progress.ended:
+                # The stage has not heard of the request yet, or has just answered it.
+                wait([result], timeout=0.005)
+                continue
+            preview_tensors = [] if preview is None else [self._preview_tensor(job, preview, progress.step)]
+            for each in range(step + 1, progress.step + 1):
+                is_newest = each == progress.step
+                message = dataclasses.replace(progress, step=each)
+                job.send([_progress_tensor(message), *(preview_tensors if is_newest else [])])
+            step = progress.step
+        return result.result()
+
+    def _ask_progress(self, job: _Job, after_step: int) -> tuple[Progress, bytes | None]:
+        query = write_progress_query(ProgressQuery(job.request_id, after_step))
+        return read_progress(_stage_call(self._config.denoising_model, query))
+
+    def _preview_tensor(self, job: _Job, preview: bytes, step: int) -> Any:
+        """Have the estimate of the clean picture decoded."""
+        state = read_state(preview)
+        output_format = "png" if state.request.output_format == "raw" else state.request.output_format
+        state.request = dataclasses.replace(state.request, output_format=output_format)
+        state.request_id = f"{job.request_id}-preview-{step}"
+        decoded = _stage_call(self._config.decoding_model, replace_metadata(preview, state.metadata()))
+        return bytes_tensor("preview_image", _media(read_tensors(decoded)))
+
+    def _call(self, job: _Job, model: str, blob: bytes) -> bytes:
+        """Run a stage for a job, which can be cancelled meanwhile."""
+        job.stage_model = model
+        if job.cancelled:
+            raise RequestCancelledError(f"cancelled before {model}")
+        try:
+            return _stage_call(model, blob)
+        finally:
+            job.stage_model = None
+
+    def _watch_cancellation(self) -> None:
+        while not self._stopping.wait(_CANCEL_POLL_S):
+            with self._jobs_lock:
+                jobs = list(self._jobs.values())
+            for job in jobs:
+                model = job.stage_model
+                if job.notice_cancel() and model is not None:
+                    self._cancel(job, model)
+
+    def _cancel(self, job: _Job, model: str) -> None:
+        """Tell a stage; told again at every turn until the call returns, since it may not have reached the stage yet."""
+        try:
+            _stage_call(model, write_cancel_order(CancelOrder(job.request_id)))
+        except DiffusionError as error:
+            logger.warning("request %s could not be cancelled in %s: %s", job.request_id, model, error)
+
+
+class _Job:
+    """A request of a caller, from its arrival to its last response."""
+
+    def __init__(self, request_id: str, caller_id: str, sender: Any) -> None:
+        self.request_id = request_id
+        self.caller_id = caller_id
+        self.arrived_s = time.monotonic()
+        self.stage_model: str | None = None
+        self.cancelled = False
+        self._sender = sender
+        self._finished = False
+        # A response sender must not be asked anything once the last response is out.
+        self._lock = threading.Lock()
+
+    def notice_cancel(self) -> bool:
+        """Whether the caller went away or cancelled."""
+        with self._lock:
+            if not self._finished and not self.cancelled:
+                self.cancelled = self._sender.is_cancelled()
+            return self.cancelled
+
+    def send(self, tensors: list[Any]) -> None:
+        """Send a response that is not the last."""
+        if not self.cancelled:
+            self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+
+    def finish(self, response: Any) -> None:
+        """Send the last response."""
+        with self._lock:
+            self._finished = True
+        send_final(self._sender, response)
+
+
+def _stage_call(model: str, blob: bytes) -> bytes:
+    request = pb_utils.InferenceRequest(
+        model_name=model, requested_output_names=[STATE], inputs=[state_tensor(blob)]
+    )
+    response = request.exec()
+    if response.has_error():
+        raise from_triton_error(response.error())
+    return read_state_tensor(pb_utils.get_output_tensor_by_name(response, STATE))
+
+
+def _progress_tensor(progress: Progress) -> Any:
+    remaining_s = None if progress.remaining_s is None else round(progress.remaining_s, 4)
+    return json_tensor(
+        "progress",
+        {
+            "stage": "denoising",
+            "step": progress.step,
+            "total": progress.total,
+            "elapsed_s": round(progress.elapsed_s, 4),
+            "remaining_s": remaining_s,
+        },
+    )
+
+
+def _output_tensors(job: _Job, blob: bytes) -> list[Any]:
+    state = read_state(blob)
+    tensors = read_tensors(blob)
+    request = state.request
+    outputs = [
+        pb_utils.Tensor("seed", np.array(request.output_seeds, dtype=np.int64)),
+        json_tensor("timings", _timings(job, state)),
+    ]
+    if request.output_format == "raw":
+        shape = state.tensor_infos["pictures"].shape
+        outputs.append(pb_utils.Tensor("raw_image", np.frombuffer(tensors["pictures"], np.uint8).reshape(shape)))
+    else:
+        outputs.append(bytes_tensor("generated_image", _media(tensors)))
+    return outputs
+
+
+def _media(tensors: dict[str, bytes]) -> list[bytes]:
+    return [tensors[f"media.{index}"] for index in range(len(tensors))]
+
+
+def _timings(job: _Job, state: RequestState) -> dict[str, Any]:
+    stages = state.timings
+    return {
+        "request_id": job.caller_id or job.request_id,
+        "total_s": time.monotonic() - job.arrived_s,
+        "queue_s": sum(timing.queue_s for timing in stages.values()),
+        "stages_s": {stage: timing.run_s for stage, timing in stages.items()},
+        "steps_s": [step_s for timing in stages.values() for step_s in timing.steps_s],
+        "warnings": state.warnings,
+    }

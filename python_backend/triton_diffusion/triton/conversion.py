@@ -1,0 +1,99 @@
+"""Triton's tensors, parameters and errors to plain Python and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from triton_diffusion.errors import (
+    DiffusionError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestCancelledError,
+    StageError,
+)
+
+STATE = "state"
+
+
+def read_parameters(args: Mapping[str, str]) -> dict[str, str]:
+    """The `parameters` of a model's config.pbtxt, from the arguments of `initialize`."""
+    parameters = json.loads(args["model_config"]).get("parameters", {})
+    return {name: value["string_value"] for name, value in parameters.items()}
+
+
+def set_up_logging(model_name: str) -> None:
+    """Log lines of this process go to Triton's standard error, under the model's name."""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {model_name} %(name)s: %(message)s")
+
+
+def read_inputs(request: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Python values of the inputs, each of shape [1], that a request carries.
+
+    Raises:
+        InvalidRequestError: a tensor has another shape, or text is not UTF-8.
+    """
+    values: dict[str, Any] = {}
+    for name in names:
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            continue
+        array = tensor.as_numpy()
+        if array.size != 1:
+            raise InvalidRequestError(f"input {name!r} has shape {list(array.shape)}; it must hold one value, shape [1]")
+        value = array.reshape(-1)[0]
+        values[name] = _decode(name, value) if isinstance(value, bytes) else value.item()
+    return values
+
+
+def _decode(name: str, value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"input {name!r} is not UTF-8 text: {error}") from error
+
+
+def bytes_tensor(name: str, values: Sequence[bytes]) -> Any:
+    """A TYPE_STRING tensor."""
+    return pb_utils.Tensor(name, np.array(values, dtype=np.object_))
+
+
+def json_tensor(name: str, value: Any) -> Any:
+    """A TYPE_STRING tensor of shape [1] with JSON text."""
+    return bytes_tensor(name, [json.dumps(value).encode()])
+
+
+def state_tensor(blob: bytes) -> Any:
+    """The one tensor of a stage model."""
+    return pb_utils.Tensor(STATE, np.frombuffer(blob, dtype=np.uint8))
+
+
+def read_state_tensor(tensor: Any) -> bytes:
+    """The bytes of a stage model's tensor."""
+    data: bytes = tensor.as_numpy().tobytes()
+    return data
+
+
+def triton_error(error: BaseException) -> Any:
+    """A TritonError with the code that belongs to the class of `error`."""
+    if not isinstance(error, DiffusionError):
+        error = StageError(f"unexpected {type(error).__name__}: {error}")
+    return pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.triton_code))
+
+
+def from_triton_error(error: Any) -> DiffusionError:
+    """The class of error that a stage model's answer stands for."""
+    for kind in (InvalidRequestError, RequestCancelledError, QueueFullError):
+        if error.code() == getattr(pb_utils.TritonError, kind.triton_code):
+            return kind(error.message())
+    return StageError(error.message())
+
+
+def send_final(sender: Any, response: Any) -> None:
+    """Send the last response of a request."""
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -1,0 +1,1 @@
+"""The parts of the built-in demo checkpoint: its pictures, its models, their training, and the judge."""

@@ -1,0 +1,164 @@
+"""The commands `serve` and `build-repository`: flags, mistakes of the operator, and what becomes of both."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from triton_diffusion import commands
+from triton_diffusion.config import ChainConfig, StageConfig
+
+
+class ServerDouble:
+    """Stands in for TritonServer and keeps what it was started with."""
+
+    starts: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, model_repository: Path, **settings: Any) -> None:
+        read = {path.parent.name: path.read_text() for path in Path(model_repository).glob("*/config.pbtxt")}
+        self.starts.append({"folder": Path(model_repository), "configs": read, **settings})
+        raise commands.ConfigurationError("the double does not start")
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.setattr(ServerDouble, "starts", [])
+    monkeypatch.setattr(commands, "TritonServer", ServerDouble)
+    return ServerDouble.starts
+
+
+def serve(*arguments: str) -> int:
+    """As the command line calls it: with `serve` as a subcommand."""
+    parser = argparse.ArgumentParser()
+    commands.add_serve_arguments(parser.add_subparsers().add_parser("serve"))
+    return commands.serve(parser.parse_args(["serve", *arguments]))
+
+
+def build(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    commands.add_build_repository_arguments(parser)
+    return commands.build_repository(parser.parse_args(list(arguments)))
+
+
+def test_flags_become_parameters_of_a_temporary_repository(starts, capsys) -> None:
+    assert serve("--dtype", "float32", "--max-batch-size", "3", "--set", "decoding.num_threads=2") == 2
+    (start,) = starts
+    assert '"float32"' in start["configs"]["denoising"]
+    assert 'key: "num_threads"\n  value {\n    string_value: "2"' in start["configs"]["decoding"]
+    assert 'key: "num_threads"\n  value {\n    string_value: "0"' in start["configs"]["denoising"]
+    assert not start["folder"].exists(), "it goes with the server"
+    assert capsys.readouterr().err == "error: the double does not start\n"
+
+
+def test_every_model_flag_is_a_parameter(starts) -> None:
+    flags = {
+        "--model-path": "demo",
+        "--num-gpus": "4",
+        "--dp-size": "2",
+        "--gpu-device-ids": "0,1;2,3",
+        "--dtype": "bfloat16",
+        "--num-threads": "1",
+        "--max-batch-size": "5",
+        "--max-queue-size": "6",
+        "--denoising-loop": "reference",
+        "--max-pixels": "1024",
+        "--max-num-inference-steps": "7",
+        "--max-num-outputs": "9",
+        "--startup-timeout-s": "11",
+    }
+    known = {field.name for config in (StageConfig, ChainConfig) for field in dataclasses.fields(config)}
+    assert {flag[2:].replace("-", "_") for flag in flags} <= known
+    serve(*(item for pair in flags.items() for item in pair))
+    text = "".join(starts[0]["configs"].values())
+    assert all(f'string_value: "{value}"' in text for value in flags.values())
+
+
+def test_what_follows_two_dashes_goes_to_tritonserver(starts) -> None:
+    serve("--log-level", "warning", "--", "--log-verbose=3", "--trace-config=level=OFF")
+    assert starts[0]["extra_arguments"][-3:] == [
+        "--log-info=false",
+        "--log-verbose=3",
+        "--trace-config=level=OFF",
+    ]
+
+
+def test_it_listens_on_loopback_and_tritons_ports_unless_told_otherwise(starts) -> None:
+    serve()
+    serve("--host", "0.0.0.0", "--port", "9000", "--grpc-port", "9001", "--metrics-port", "9002")
+    names = ("host", "http_port", "grpc_port", "metrics_port")
+    assert [starts[0][name] for name in names] == ["127.0.0.1", 8000, 8001, 8002]
+    assert [starts[1][name] for name in names] == ["0.0.0.0", 9000, 9001, 9002]
+
+
+def test_calls_to_the_stages_have_as_many_threads_as_requests(starts) -> None:
+    serve("--set", "max_concurrent_requests=200")
+    assert starts[0]["thread_pool_size"] == 200
+
+
+def test_a_relative_checkpoint_folder_becomes_absolute(starts, tmp_path, monkeypatch) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.chdir(tmp_path)
+    serve("--model-path", "checkpoint")
+    assert f'string_value: "{tmp_path / "checkpoint"}"' in starts[0]["configs"]["denoising"]
+
+
+def test_a_hub_id_stays_as_it_is(starts) -> None:
+    serve("--model-path", "black-forest-labs/FLUX.1-schnell")
+    assert 'string_value: "black-forest-labs/FLUX.1-schnell"' in starts[0]["configs"]["denoising"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-path", "/no/such/folder"], "model_path='/no/such/folder' is not a folder"),
+        (["--set", "dtype"], "--set 'dtype' must be NAME=VALUE"),
+        (["--set", "dtpye=float32"], "did you mean dtype?"),
+        (["--num-gpus", "0"], "num_gpus=0 must be greater than 0"),
+        (
+            ["--model-repository", "somewhere", "--dtype", "float32"],
+            "dtype cannot be set with --model-repository=somewhere",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(starts, capsys, arguments, message) -> None:
+    assert serve(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert starts == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--port", "70000"], ["--port", "http"], ["--dtype", "float31"], ["--prot", "1"]]
+)
+def test_a_wrong_flag_is_refused_by_the_parser(starts, arguments) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        serve(*arguments)
+    assert refusal.value.code == 2
+    assert starts == []
+
+
+def test_build_repository_writes_what_tritonserver_loads(tmp_path, capsys) -> None:
+    assert build(str(tmp_path / "models"), "--max-pixels", "65536") == 0
+    assert 'string_value: "65536"' in (tmp_path / "models" / "diffusion" / "config.pbtxt").read_text()
+    assert str(tmp_path / "models") in capsys.readouterr().out
+
+
+def test_build_repository_does_not_overwrite_the_work_of_others(tmp_path, capsys) -> None:
+    (tmp_path / "precious").write_text("")
+    assert build(str(tmp_path)) == 2
+    assert "--force" in capsys.readouterr().err
+    assert build(str(tmp_path), "--force") == 0
+
+
+def test_the_commands_do_not_import_torch() -> None:
+    """The supervisor of a server is small and starts at once."""
+    program = "import sys, triton_diffusion.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,255 @@
+"""TritonServer with the real tritonserver and a trivial model: its promises about start, end and clean-up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http
+
+from triton_diffusion import server as server_module
+from triton_diffusion.errors import ConfigurationError
+from triton_diffusion.server import StartProgress, TritonServer, choose_ports
+
+pytestmark = pytest.mark.end_to_end
+
+LAUNCHER = Path(__file__).resolve().parents[2] / "scripts" / "launch_triton_server.py"
+
+
+def infer(address: str, value: bytes) -> bytes:
+    with tritonclient.http.InferenceServerClient(address) as client:
+        tensor = tritonclient.http.InferInput("x", [len(value)], "UINT8")
+        tensor.set_data_from_numpy(np.frombuffer(value, np.uint8))
+        return client.infer("identity", [tensor]).as_numpy("x").tobytes()
+
+
+def test_a_server_starts_serves_and_leaves_nothing_behind(
+    tmp_path, temporary_folder, write_model, leftovers
+) -> None:
+    seen: list[StartProgress] = []
+    with TritonServer(write_model("time.sleep(0.3)"), log_file=tmp_path / "log") as server:
+        assert not server.is_ready()
+        server.wait_until_ready(timeout_s=60, on_progress=seen.append)
+        assert infer(server.http_address, b"abc") == b"abc"
+        assert leftovers(server.pid, os.getpid()), "the check itself must see a live server"
+    assert server.wait() == 0
+    assert leftovers(server.pid, os.getpid()) == []
+    assert list(temporary_folder.iterdir()) == []
+    assert seen
+    assert seen[-1].elapsed_s > seen[0].elapsed_s
+    assert "successfully loaded 'identity'" in (tmp_path / "log").read_text()
+
+
+def test_it_listens_on_loopback_only(tmp_path, write_model) -> None:
+    with TritonServer(write_model(), log_file=tmp_path / "log") as server:
+        server.wait_until_ready(timeout_s=60)
+        ports = {server.http_port, server.grpc_port, server.metrics_port}
+        listening = {(address, port) for address, port in _listening_sockets() if port in ports}
+        server.kill()
+    assert listening == {("127.0.0.1", port) for port in ports}
+
+
+def _listening_sockets() -> list[tuple[str, int]]:
+    found = []
+    for file in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(file).read_text().splitlines()[1:]:
+            local, _remote, state = line.split()[1:4]
+            address, _, port = local.partition(":")
+            if state == "0A":
+                # 127.0.0.1, of its own or as an IPv6 address.
+                address = "127.0.0.1" if address.endswith("0100007F") else address
+                found.append((address, int(port, 16)))
+    return found
+
+
+def test_a_model_that_fails_to_load_is_named_with_its_reason(tmp_path, write_model, leftovers) -> None:
+    model_repository = write_model("raise RuntimeError('the checkpoint is broken')")
+    server = TritonServer(model_repository, log_file=tmp_path / "log")
+    with (
+        server,
+        pytest.raises(ConfigurationError, match=r"identity: RuntimeError: the checkpoint is broken$"),
+    ):
+        server.wait_until_ready(timeout_s=60)
+    assert leftovers(server.pid, os.getpid()) == []
+
+
+def test_a_wrong_argument_is_reported_without_the_help_that_the_server_prints(tmp_path, write_model) -> None:
+    server = TritonServer(write_model(), log_file=tmp_path / "log", extra_arguments=["--no-such-flag"])
+    with server, pytest.raises(ConfigurationError, match=r"unrecognized option '--no-such-flag'$"):
+        server.wait_until_ready(timeout_s=60)
+
+
+def test_a_slow_start_is_given_up_at_the_timeout(tmp_path, write_model, leftovers) -> None:
+    server = TritonServer(write_model("time.sleep(60)"), log_file=tmp_path / "log")
+    with server, pytest.raises(ConfigurationError, match=r"not ready within 1 s; loaded so far: no model"):
+        server.wait_until_ready(timeout_s=1)
+    assert leftovers(server.pid, os.getpid()) == []
+
+
+def test_a_server_that_is_killed_takes_its_models_and_memory_with_it(
+    tmp_path, write_model, leftovers
+) -> None:
+    with TritonServer(write_model(), log_file=tmp_path / "log") as server:
+        server.wait_until_ready(timeout_s=60)
+        os.kill(server.pid, signal.SIGKILL)
+        assert server.wait(timeout_s=15) == -signal.SIGKILL
+        assert leftovers(server.pid, os.getpid()) == []
+
+
+def test_stop_kills_after_the_grace_period(tmp_path, write_model, leftovers) -> None:
+    with TritonServer(write_model(execute="time.sleep(120)"), log_file=tmp_path / "log") as server:
+        server.wait_until_ready(timeout_s=60)
+        caller = threading.Thread(target=_ignoring_errors, args=(server.http_address,))
+        caller.start()
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert server.stop(grace_s=1.0) == -signal.SIGKILL
+        assert time.monotonic() - started < 10
+    caller.join(timeout=10)
+    assert leftovers(server.pid, os.getpid()) == []
+
+
+def _ignoring_errors(address: str) -> None:
+    try:
+        infer(address, b"x")
+    except Exception:
+        return
+
+
+def test_the_end_of_the_starting_thread_does_not_end_the_server(tmp_path, write_model) -> None:
+    """PR_SET_PDEATHSIG fires at the end of the forking thread, which may be long before the process's."""
+    server = TritonServer(write_model(), log_file=tmp_path / "log")
+    starter = threading.Thread(target=server.start)
+    starter.start()
+    starter.join()
+    try:
+        server.wait_until_ready(timeout_s=60)
+        time.sleep(0.3)
+        assert server.is_running()
+    finally:
+        server.kill()
+        server.stop()
+
+
+def test_a_port_that_was_taken_meanwhile_is_chosen_anew(tmp_path, write_model, monkeypatch) -> None:
+    choices: list[tuple[int, int, int]] = []
+
+    def choose(*arguments: Any) -> tuple[int, int, int]:
+        http_port, grpc_port, metrics_port = choose_ports(*arguments)
+        choices.append((http_port if choices else blocked, grpc_port, metrics_port))
+        return choices[-1]
+
+    monkeypatch.setattr(server_module, "choose_ports", choose)
+    with socket.create_server(("127.0.0.1", 0)) as blocker:
+        blocked = blocker.getsockname()[1]
+        with TritonServer(write_model(), log_file=tmp_path / "log") as server:
+            server.wait_until_ready(timeout_s=60)
+            assert infer(server.http_address, b"abc") == b"abc"
+            assert len(choices) == 2
+            server.kill()
+
+
+def test_a_given_port_in_use_is_refused_before_the_start(write_model) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as blocker:
+        port = blocker.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=rf"--grpc-port={port} is in use on 127\.0\.0\.1"):
+            TritonServer(write_model(), grpc_port=port).start()
+
+
+def test_one_port_cannot_serve_two_protocols() -> None:
+    with pytest.raises(ConfigurationError, match="port 20001 is given twice"):
+        choose_ports("127.0.0.1", 20001, 20001, None)
+
+
+def test_chosen_ports_are_free_and_differ() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as blocker:
+        ports = choose_ports("127.0.0.1", None, None, None)
+        assert len(set(ports)) == 3
+        assert blocker.getsockname()[1] not in ports
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_an_executable_that_does_not_exist_is_refused(write_model) -> None:
+    with pytest.raises(ConfigurationError, match=r"tritonserver='/no/such/server' is not an executable file"):
+        TritonServer(write_model(), executable="/no/such/server")
+
+
+def launch(model_repository: Path, ports: tuple[int, int, int]) -> subprocess.Popen[str]:
+    http_port, grpc_port, metrics_port = ports
+    flags = {
+        "--model-repository": model_repository,
+        "--port": http_port,
+        "--grpc-port": grpc_port,
+        "--metrics-port": metrics_port,
+        "--log-file": model_repository.parent / "log",
+    }
+    arguments = [str(item) for pair in flags.items() for item in pair]
+    return subprocess.Popen([sys.executable, str(LAUNCHER), *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def server_pid_of(launcher: subprocess.Popen[str]) -> int:
+    children = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+    return next(int(pid) for file in children for pid in file.read_text().split())
+
+
+@pytest.fixture
+def launched(write_model, eventually):
+    """The launcher's process and the server's pid, when the server is ready."""
+    ports = choose_ports("127.0.0.1", None, None, None)
+    launcher = launch(write_model(), ports)
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "ready\n"
+    yield launcher, server_pid_of(launcher)
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_launcher_forwards_signals_and_returns_the_exit_code(
+    number, launched, leftovers, tmp_path, temporary_folder
+) -> None:
+    launcher, server_pid = launched
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=20) == 0
+    assert "Signal (15) received" in (tmp_path / "log").read_text()
+    assert leftovers(server_pid, launcher.pid) == []
+    assert list(temporary_folder.iterdir()) == []
+
+
+def test_a_killed_launcher_leaves_no_process_and_no_memory(launched, leftovers, eventually) -> None:
+    launcher, server_pid = launched
+    assert leftovers(server_pid, launcher.pid)
+    launcher.kill()
+    eventually(lambda: leftovers(server_pid, launcher.pid) == [])
+
+
+def test_a_server_that_dies_ends_the_launcher_with_its_signal(launched, leftovers) -> None:
+    launcher, server_pid = launched
+    os.kill(server_pid, signal.SIGKILL)
+    assert launcher.wait(timeout=20) == 128 + signal.SIGKILL
+    assert leftovers(server_pid, launcher.pid) == []
+
+
+def test_a_signal_during_the_start_ends_it_at_once(write_model, tmp_path, leftovers, eventually) -> None:
+    launcher = launch(write_model("time.sleep(60)"), choose_ports("127.0.0.1", None, None, None))
+    log = tmp_path / "log"
+    eventually(lambda: log.exists() and "TRITONBACKEND_ModelInstanceInitialize" in log.read_text())
+    server_pid = server_pid_of(launcher)
+    started = time.monotonic()
+    launcher.send_signal(signal.SIGTERM)
+    output, _ = launcher.communicate(timeout=20)
+    assert time.monotonic() - started < 10
+    assert launcher.returncode == 0
+    assert "ready" not in output
+    assert leftovers(server_pid, launcher.pid) == []
