@@ -108,8 +108,7 @@ def _in_wheel_layout(root: Path) -> TritonInstallation:
     if not stub.exists():
         available = ", ".join(sorted((path.name for path in stub.parent.parent.iterdir()), key=_version_key))
         raise ConfigurationError(
-            f"the tritonserver in {root} has no Python backend for Python {version}; "
-            f"run it with one of {available}"
+            f"the tritonserver in {root} has no Python backend for Python {version}; run it with one of {available}"
         )
     return TritonInstallation(
         executable=root / "bin" / "tritonserver",
@@ -126,10 +125,7 @@ def _checked(installation: TritonInstallation) -> TritonInstallation:
     """Refuse a Python backend of another Python version: its instances would fail on their first import."""
     stub = next(
         (file for file in installation.python_backend_files if file.name == "triton_python_backend_stub"),
-        installation.executable.resolve().parent.parent
-        / "backends"
-        / "python"
-        / "triton_python_backend_stub",
+        installation.executable.resolve().parent.parent / "backends" / "python" / "triton_python_backend_stub",
     )
     wanted = re.search(rb"libpython(\d+\.\d+)\.so", stub.read_bytes()) if stub.is_file() else None
     running = f"{sys.version_info.major}.{sys.version_info.minor}"

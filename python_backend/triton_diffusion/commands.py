@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -40,12 +40,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--port", type=_port, default=8000, help="HTTP port (default: %(default)s)")
     group.add_argument("--grpc-port", type=_port, default=8001, help="gRPC port (default: %(default)s)")
-    group.add_argument(
-        "--metrics-port", type=_port, default=8002, help="Prometheus port (default: %(default)s)"
-    )
-    group.add_argument(
-        "--log-level", choices=list(_LOG_ARGUMENTS), default="info", help="default: %(default)s"
-    )
+    group.add_argument("--metrics-port", type=_port, default=8002, help="Prometheus port (default: %(default)s)")
+    group.add_argument("--log-level", choices=list(_LOG_ARGUMENTS), default="info", help="default: %(default)s")
     group.add_argument("--log-file", metavar="FILE", help="append the server's log to FILE instead of stderr")
     group.add_argument(
         "--exit-timeout-s",
@@ -94,9 +90,7 @@ def build_repository(args: argparse.Namespace) -> int:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
 
-    def add(
-        name: str, kind: Callable[[str], object], text: str, choices: tuple[str, ...] | None = None
-    ) -> None:
+    def add(name: str, kind: Callable[[str], object], text: str, choices: tuple[str, ...] | None = None) -> None:
         default = _DEFAULTS[name]
         group.add_argument(
             f"--{name.replace('_', '-')}",
@@ -157,9 +151,7 @@ def _absolute_if_folder(model_path: str) -> str:
     if model_path != "demo" and folder.is_dir():
         return str(folder.resolve())
     if model_path.startswith((".", "/", "~")):
-        raise ConfigurationError(
-            f"model_path={model_path!r} is not a folder; name a checkpoint in diffusers layout"
-        )
+        raise ConfigurationError(f"model_path={model_path!r} is not a folder; name a checkpoint in diffusers layout")
     return model_path
 
 
@@ -169,7 +161,9 @@ def _serve(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
             repository.build_repository(folder, settings)
             # Our files are complete; completing them would start every model twice.
-            return _run_server(args, Path(folder), settings, ["--disable-auto-complete-config"])
+            return _run_server(
+                args, Path(folder), settings, ["--disable-auto-complete-config"], temporary_folders=[folder]
+            )
     ineffective = sorted(set(settings) - {"startup_timeout_s"})
     if ineffective:
         raise ConfigurationError(
@@ -180,11 +174,14 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _run_server(
-    args: argparse.Namespace, model_repository: Path, settings: dict[str, str], arguments: list[str]
+    args: argparse.Namespace,
+    model_repository: Path,
+    settings: dict[str, str],
+    arguments: list[str],
+    *,
+    temporary_folders: Sequence[str] = (),
 ) -> int:
-    max_concurrent_requests = int(
-        settings.get("max_concurrent_requests", ChainConfig.max_concurrent_requests)
-    )
+    max_concurrent_requests = int(settings.get("max_concurrent_requests", ChainConfig.max_concurrent_requests))
     server = TritonServer(
         model_repository,
         host=args.host,
@@ -196,6 +193,7 @@ def _run_server(
         exit_timeout_s=args.exit_timeout_s,
         thread_pool_size=max(64, max_concurrent_requests),
         extra_arguments=[*arguments, *_LOG_ARGUMENTS[args.log_level], *args.tritonserver_arguments],
+        temporary_folders=temporary_folders,
     )
     _warn_about_shared_memory()
     with server.forwarding_signals(), server:
@@ -251,9 +249,7 @@ class ProgressLine:
             sys.stderr.flush()
         else:
             for name in progress.loaded_models[self._num_shown :]:
-                print(
-                    f"starting: loaded {name} after {progress.elapsed_s:.1f} s", file=sys.stderr, flush=True
-                )
+                print(f"starting: loaded {name} after {progress.elapsed_s:.1f} s", file=sys.stderr, flush=True)
         self._num_shown = len(progress.loaded_models)
 
     def end(self) -> None:

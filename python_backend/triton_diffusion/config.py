@@ -72,7 +72,8 @@ class StageConfig:
         """The GPU ids of each replica, one inner list a replica, one id a rank."""
         _require(
             self.num_gpus % self.num_replicas == 0,
-            f"dp_size={self.dp_size} does not divide num_gpus={self.num_gpus}; num_gpus is dp_size times the ranks of a replica",
+            f"dp_size={self.dp_size} does not divide num_gpus={self.num_gpus}; "
+            "num_gpus is dp_size times the ranks of a replica",
         )
         if not self.gpu_device_ids:
             ids = [str(index) for index in range(self.num_gpus)]

@@ -41,7 +41,7 @@ class RequestCancelledError(DiffusionError):
 
 
 class ConfigurationError(DiffusionError):
-    """A flag, a parameter of config.pbtxt or the checkpoint folder is wrong; nothing can be served until it is mended."""
+    """A flag, a parameter of config.pbtxt or the checkpoint folder is wrong; nothing is served until it is mended."""
 
 
 class QueueFullError(DiffusionError):
@@ -86,7 +86,7 @@ _BY_NAME = {
 def to_wire(error: BaseException) -> tuple[str, str]:
     """The class name and message under which `error` crosses a process boundary.
 
-    An exception from outside our tree is a bug or a failing device: it travels as StageError with its type in the message.
+    An exception from outside our tree is a bug or a failing device: it travels as StageError, its type in the message.
     """
     if isinstance(error, DiffusionError):
         return type(error).__name__, str(error)

@@ -49,9 +49,7 @@ def build_repository(destination: str | Path, settings: Mapping[str, str], *, fo
     _make_room(destination, list(configs), force=force)
     for name, config in configs.items():
         shutil.copytree(source / name, destination / name, ignore=shutil.ignore_patterns("__pycache__"))
-        (destination / name / "config.pbtxt").write_text(
-            text_format.MessageToString(config), encoding="utf-8"
-        )
+        (destination / name / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
     (destination / _MARKER).write_text(json.dumps({"models": list(configs)}), encoding="utf-8")
     return destination
 
@@ -77,8 +75,7 @@ def _set_parameters(configs: Mapping[str, Any], settings: Mapping[str, str]) -> 
         if not having:
             known = sorted({key for config in candidates for key in config.parameters})
             raise ConfigurationError(
-                f"setting {name!r} is not known{nearest_name_hint(parameter, known)}; "
-                f"known are {', '.join(known)}"
+                f"setting {name!r} is not known{nearest_name_hint(parameter, known)}; known are {', '.join(known)}"
             )
         for config in having:
             config.parameters[parameter].string_value = str(value)

@@ -141,7 +141,8 @@ def _check_size(height: int, width: int, defaults: RequestDefaults, limits: Chai
         if value < multiple or value % multiple:
             lower = max(multiple, value // multiple * multiple)
             raise InvalidRequestError(
-                f"{name}={value} must be a positive multiple of {multiple} for this model; try {lower} or {lower + multiple}"
+                f"{name}={value} must be a positive multiple of {multiple} for this model; "
+                f"try {lower} or {lower + multiple}"
             )
     if height * width > limits.max_pixels:
         raise InvalidRequestError(
@@ -157,7 +158,8 @@ def _checked_prompt(given: Mapping[str, Any], name: str, limits: ChainConfig) ->
     size_bytes = len(prompt.encode())
     if size_bytes > limits.max_prompt_bytes:
         raise InvalidRequestError(
-            f"{name} has {size_bytes} bytes; this server allows {limits.max_prompt_bytes} (parameter max_prompt_bytes); shorten it"
+            f"{name} has {size_bytes} bytes; this server allows {limits.max_prompt_bytes} "
+            "(parameter max_prompt_bytes); shorten it"
         )
     return prompt
 

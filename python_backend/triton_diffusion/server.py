@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
+from triton_diffusion import _server_guard
 from triton_diffusion._installation import TritonInstallation, find_triton
 from triton_diffusion.errors import ConfigurationError
 
@@ -38,16 +39,6 @@ _MODEL_FAILED = re.compile(r"failed to load '([^']+)' version \d+: (.+?)\"?$")
 
 # What the server says of its own start, apart from the models; after a wrong argument it prints all its help.
 _COMPLAINT = re.compile(r"unrecognized option|^Bad option|^invalid |^error: |failed to start", re.IGNORECASE)
-
-# Runs in the server's process before the server: ask for SIGTERM when our process dies, then become the
-# server. (Python leaves SIGPIPE ignored, so that the server can end in order although nobody reads its log
-# any more.)
-_RUN_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]): sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +66,15 @@ class TritonServer:
         exit_timeout_s: int = 300,
         thread_pool_size: int = 64,
         extra_arguments: Sequence[str] = (),
+        temporary_folders: Sequence[str | Path] = (),
     ) -> None:
         """Prepare a server for the models in `model_repository`; nothing is started yet.
 
         A port that is None is chosen among the free ones. The server's log goes to `log_file`, else to our
         stderr. On its way out the server waits up to `exit_timeout_s` for the requests under way.
         `thread_pool_size` is how many calls from one model instance to other models may be under way at once.
-        Raises ConfigurationError without a tritonserver.
+        `temporary_folders` are the caller's to remove; should our process die without a chance to, they are
+        removed all the same. Raises ConfigurationError without a tritonserver.
         """
         self._model_repository = Path(model_repository)
         self._host = host
@@ -92,6 +85,7 @@ class TritonServer:
         self._exit_timeout_s = exit_timeout_s
         self._thread_pool_size = thread_pool_size
         self._extra_arguments = tuple(extra_arguments)
+        self._temporary_folders = [Path(folder) for folder in temporary_folders]
         self._run: _ServerRun | None = None
         self._is_stopping = False
 
@@ -260,7 +254,13 @@ class TritonServer:
 
     def _start_process(self) -> None:
         self._ports = choose_ports(self._host, *self._given_ports)
-        self._run = _ServerRun(self._installation, self._arguments, self._log_file)
+        self._run = _ServerRun(
+            self._installation,
+            self._arguments,
+            self._log_file,
+            guard_grace_s=min(self._exit_timeout_s, 15),
+            temporary_folders=self._temporary_folders,
+        )
 
     def _arguments(self, shm_prefix: str) -> list[str]:
         return [
@@ -298,86 +298,92 @@ class TritonServer:
 
 
 class _ServerRun:
-    """One server process from start to clean-up.
-
-    A thread starts the process and waits for it. It must be one thread for both: PR_SET_PDEATHSIG fires when
-    the *thread* that started the process ends, so a server started from a short-lived thread would be ended
-    with it.
-    """
+    """One server process from its start to the clean-up after it, which a thread sees to."""
 
     def __init__(
-        self, installation: TritonInstallation, arguments: Callable[[str], list[str]], log_file: Path | None
+        self,
+        installation: TritonInstallation,
+        arguments: Callable[[str], list[str]],
+        log_file: Path | None,
+        *,
+        guard_grace_s: float,
+        temporary_folders: Sequence[Path],
     ) -> None:
         self.has_ended = threading.Event()
         self.exit_code: int | None = None
         self.log = _Log(log_file)
-        self._installation = installation
-        self._shm_prefix = f"triton_diffusion_{os.getpid()}_{secrets.token_hex(4)}_"
-        self._arguments = arguments(self._shm_prefix)
-        self._process: subprocess.Popen[str] | None = None
-        self._start_error: OSError | None = None
-        self._has_started = threading.Event()
-        threading.Thread(target=self._live, name="tritonserver", daemon=True).start()
-        self._has_started.wait()
-        if self._start_error is not None:
-            raise ConfigurationError(f"{installation.executable} could not be started: {self._start_error}")
+        self._folder = Path(tempfile.mkdtemp(prefix="triton-diffusion-"))
+        self._shared_memory = f"triton_diffusion_{os.getpid()}_{secrets.token_hex(4)}_"
+        command = [
+            str(installation.executable),
+            *installation.prepare_backend_directory(self._folder / "backends"),
+            *arguments(self._shared_memory),
+        ]
+        try:
+            self._process = self._start_server(command, installation.environment())
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise ConfigurationError(f"{installation.executable} could not be started: {error}") from error
+        self._guard = self._start_guard(guard_grace_s, [self._folder, *temporary_folders])
+        threading.Thread(target=self._wait_and_clean_up, name="tritonserver", daemon=True).start()
 
     @property
     def pid(self) -> int:
-        assert self._process is not None
         return self._process.pid
 
     def send_signal(self, number: signal.Signals) -> None:
-        if self._process is not None and not self.has_ended.is_set():
+        if not self.has_ended.is_set():
             self._process.send_signal(number)
 
     def kill_group(self) -> None:
-        if self._process is not None and not self.has_ended.is_set():
+        if not self.has_ended.is_set():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
 
-    def _live(self) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="triton-diffusion-"))
-        try:
-            self._start(folder)
-            assert self._process is not None
-            assert self._process.stdout is not None
-            reader = threading.Thread(target=self.log.read, args=(self._process.stdout,), daemon=True)
-            reader.start()
-            self._has_started.set()
-            self.exit_code = self._process.wait()
-            _end_group(self._process.pid)
-            reader.join(timeout=5)
-            if not reader.is_alive():
-                self._process.stdout.close()
-        except OSError as error:
-            self._start_error = error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            for segment in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
-                segment.unlink(missing_ok=True)
-            self.log.close()
-            self._has_started.set()
-            self.has_ended.set()
-
-    def _start(self, folder: Path) -> None:
-        command = [
-            str(self._installation.executable),
-            *self._installation.prepare_backend_directory(folder / "backends"),
-            *self._arguments,
-        ]
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _RUN_WITH_PARENT, str(os.getpid()), *command],
-            env=self._installation.environment(),
+    def _start_server(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # A group of its own: Ctrl-C reaches only us, and killing the group ends the models' processes
-            # too.
+            # A group of its own: Ctrl-C reaches only us, and killing the group ends the models' processes.
             process_group=0,
+            # SIGPIPE stays ignored, as in all of Python: the server can end in order when we, who read its
+            # log, are gone.
+            restore_signals=False,
         )
+
+    def _start_guard(self, grace_s: float, folders: Sequence[Path]) -> subprocess.Popen[bytes]:
+        arguments = [os.getpid(), self.pid, grace_s, _SHARED_MEMORY / self._shared_memory, *folders]
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", _server_guard.__file__, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # A signal for all of our group is not for the guard, which is needed afterwards.
+            start_new_session=True,
+        )
+
+    def _wait_and_clean_up(self) -> None:
+        assert self._process.stdout is not None
+        reader = threading.Thread(target=self.log.read, args=(self._process.stdout,), daemon=True)
+        reader.start()
+        exit_code = self._process.wait()
+        self._guard.kill()
+        self._guard.wait()
+        _end_group(self.pid)
+        reader.join(timeout=5)
+        if not reader.is_alive():
+            self._process.stdout.close()
+        self.log.close()
+        for segment in _SHARED_MEMORY.glob(f"{self._shared_memory}*"):
+            segment.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.exit_code = exit_code
+        self.has_ended.set()
 
 
 class _Log:

@@ -1,11 +1,11 @@
 """RequestState: a request and its tensors on their way from stage to stage.
 
 On the wire it is one safetensors blob: plain JSON in the metadata, named tensors of any dtype in the body. The Triton
-processes read the header alone and hand the body on as bytes, so they never need torch. Reading a blob runs no code of
-its sender, unlike pickle.
+processes read the header alone and hand the body on as bytes, so they never need torch. Unlike pickle, a blob runs no
+code of its sender when it is read.
 
-A stage model also takes two questions about a request that it is working on (`ProgressQuery`, `CancelOrder`) through the
-same input tensor, told apart by the metadata's only key.
+A stage model also takes a question and an order about a request that it is working on (`ProgressQuery`, `CancelOrder`)
+through the same input tensor, told apart by the metadata's only key.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def read_stage_input(blob: bytes | memoryview) -> StageInput:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidRequestError(
-            f"input 'state' carries no request: {type(error).__name__} {error}; stage models are called by the chain model"
+            f"input 'state' carries no request: {type(error).__name__} {error}; "
+            "stage models are called by the chain model"
         ) from error
 
 

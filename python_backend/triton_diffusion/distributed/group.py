@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from triton_diffusion.errors import DiffusionError, from_wire, to_wire
 
@@ -22,12 +23,14 @@ Failures = Mapping[str, BaseException]
 
 
 class RankGroup:
-    """This process as a rank of its group.
+    """A process as a rank of its group.
 
     Control traffic goes over gloo on every device; a group of one rank never touches torch.distributed.
     """
 
-    def __init__(self, *, rank: int, size: int, device: torch.device, store: dist.Store | None = None) -> None:
+    def __init__(
+        self, *, rank: int, size: int, device: torch.device, store: Store | None = None
+    ) -> None:
         self.rank = rank
         self.size = size
         self.device = device

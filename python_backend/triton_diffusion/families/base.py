@@ -1,9 +1,9 @@
 """What every model family provides: one torch-free description and three modules of plain functions.
 
-    families/<name>/__init__.py   FAMILY: the description, readable without torch
-    families/<name>/encode.py     encode_prompts(...)
-    families/<name>/denoise.py    prepare_schedule(...), prepare_latents(...), shared_inputs(...), predict(...)
-    families/<name>/decode.py     decode(...)
+families/<name>/__init__.py   FAMILY: the description, readable without torch
+families/<name>/encode.py     encode_prompts(...)
+families/<name>/denoise.py    prepare_schedule(...), prepare_latents(...), shared_inputs(...), predict(...)
+families/<name>/decode.py     decode(...)
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class DenoiseModule(Protocol):
     ) -> torch.Tensor:
         """One forward pass of the transformer, every row at its own timestep.
 
-        latents: (B, S, C). timesteps: (B,) float32. conditioning: each (B, ...), with embedded_guidance_scale (B,) float32.
+        latents: (B, S, C). timesteps: (B,) float32. conditioning: each (B, ...), among them
+        embedded_guidance_scale (B,) float32.
         Returns the prediction (B, S, C).
         """
 

@@ -17,5 +17,6 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.pipeline_classes)
     raise ConfigurationError(
-        f"{checkpoint.path} is a checkpoint of {checkpoint.pipeline_class}, which no family here serves; known ones are {known}"
+        f"{checkpoint.path} is a checkpoint of {checkpoint.pipeline_class}, which no family here serves; "
+        f"known ones are {known}"
     )

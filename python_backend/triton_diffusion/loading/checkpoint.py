@@ -41,14 +41,18 @@ class Checkpoint:
         """(library, class) of a component, such as ("diffusers", "AutoencoderKL")."""
         entry = self.index.get(name)
         if not isinstance(entry, list) or len(entry) != 2 or None in entry:
-            raise ConfigurationError(f"{self.path / INDEX} has no component {name!r}, which {self.pipeline_class} needs")
+            raise ConfigurationError(
+                f"{self.path / INDEX} has no component {name!r}, which {self.pipeline_class} needs"
+            )
         return entry[0], entry[1]
 
     def component_path(self, name: str) -> Path:
         """The folder of a component."""
         path = self.path / name
         if not path.is_dir():
-            raise ConfigurationError(f"{self.path} has no folder {name!r}, which its {INDEX} names; copy the checkpoint whole")
+            raise ConfigurationError(
+                f"{self.path} has no folder {name!r} that its {INDEX} names; copy the whole checkpoint"
+            )
         return path
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
@@ -67,9 +71,9 @@ class Checkpoint:
         unsafe = sorted(file.name for file in path.iterdir() if file.suffix in _UNSAFE_SUFFIXES)
         if unsafe:
             raise ConfigurationError(
-                f"{path} has only {', '.join(unsafe)}: pickled weights can run code when they are opened and are not loaded; "
-                "convert them once where you trust them: load the pipeline with diffusers and call "
-                "save_pretrained(folder, safe_serialization=True)"
+                f"{path} has only {', '.join(unsafe)}: pickled weights can run code when they are opened, "
+                "so they are not loaded; convert them once where you trust them: load the pipeline with diffusers "
+                "and call save_pretrained(folder, safe_serialization=True)"
             )
         raise ConfigurationError(f"{path} has no *.safetensors file; the download may be incomplete")
 
@@ -112,8 +116,8 @@ def _hub_folder(model_path: str) -> Path:
         pass
     if constants.HF_HUB_OFFLINE:
         raise ConfigurationError(
-            f"model_path={model_path!r} is not on this machine: {looked_for}; HF_HUB_OFFLINE is set, so nothing is downloaded; "
-            f"run `hf download {model_path}` where there is a network, or give a local folder"
+            f"model_path={model_path!r} is not on this machine: {looked_for}; HF_HUB_OFFLINE is set, so nothing is "
+            f"downloaded; run `hf download {model_path}` where there is a network, or give a local folder"
         )
     logger.info("downloading %s from the hub into %s", model_path, cache)
     try:

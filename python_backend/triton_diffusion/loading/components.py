@@ -53,7 +53,7 @@ def load_components(
 
 
 def _load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    component_class = _find_class(checkpoint, name)
+    component_class: Any = _find_class(checkpoint, name)
     path = checkpoint.component_path(name)
     if not issubclass(component_class, torch.nn.Module):
         return component_class.from_pretrained(path, local_files_only=True)
@@ -76,7 +76,9 @@ def _find_class(checkpoint: Checkpoint, name: str) -> type[Any]:
         )
     found = getattr(importlib.import_module(library), class_name, None)
     if not isinstance(found, type):
-        raise ConfigurationError(f"component {name!r} needs {library}.{class_name}, which the installed {library} does not have")
+        raise ConfigurationError(
+            f"component {name!r} needs {library}.{class_name}, which the installed {library} does not have"
+        )
     return found
 
 

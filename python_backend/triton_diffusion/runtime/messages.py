@@ -72,8 +72,8 @@ ToRanks = AdmitRequest | RunTick | DropRequest | Shutdown
 FromRanks = StoreListening | GroupReady | GroupFailed | TickDone
 
 _encoder = msgspec.msgpack.Encoder()
-_to_ranks = msgspec.msgpack.Decoder(ToRanks)
-_from_ranks = msgspec.msgpack.Decoder(FromRanks)
+_to_ranks: msgspec.msgpack.Decoder[ToRanks] = msgspec.msgpack.Decoder(ToRanks)
+_from_ranks: msgspec.msgpack.Decoder[FromRanks] = msgspec.msgpack.Decoder(FromRanks)
 
 
 def encode(message: Message) -> bytes:

@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 import msgspec
 import torch
-import torch.distributed as dist
 import zmq
+from torch._C._distributed_c10d import Store, TCPStore
 
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import DiffusionError
@@ -68,7 +68,7 @@ class _ServiceChannel:
     """Rank 0's connection to the service."""
 
     def __init__(self, launch: RankLaunch) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(launch.endpoint)
 
@@ -76,20 +76,21 @@ class _ServiceChannel:
         self._socket.send(messages.encode(message))
 
     def receive(self) -> bytes:
-        data: bytes = self._socket.recv()
-        return data
+        return self._socket.recv()
 
 
-def _rendezvous(launch: RankLaunch, lifeline: BinaryIO, channel: _ServiceChannel | None) -> dist.Store | None:
-    """The store that the ranks meet at: rank 0 hosts it on a port that the system chose, and the service hands it on."""
+def _rendezvous(
+    launch: RankLaunch, lifeline: BinaryIO, channel: _ServiceChannel | None
+) -> Store | None:
+    """The store that the ranks meet at: rank 0 hosts it on a port that the system chose, the service hands that on."""
     if launch.group_size == 1:
         return None
     if channel is not None:
-        store = dist.TCPStore("127.0.0.1", 0, launch.group_size, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, launch.group_size, is_master=True, wait_for_workers=False)
         channel.send(StoreListening(port=store.port))
         return store
     rendezvous = msgspec.json.decode(lifeline.readline(), type=Rendezvous)
-    return dist.TCPStore("127.0.0.1", rendezvous.store_port, launch.group_size, is_master=False)
+    return TCPStore("127.0.0.1", rendezvous.store_port, launch.group_size, is_master=False)
 
 
 def _end_with_service(lifeline: BinaryIO, launch: RankLaunch) -> None:

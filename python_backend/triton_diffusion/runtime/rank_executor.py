@@ -38,8 +38,8 @@ class _Held:
 class RankExecutor:
     """Runs on every rank, and does the same on every rank.
 
-    After each part that can fail the ranks agree on which requests failed; those are dropped everywhere, and the rest of the
-    batch goes on.
+    After each part that can fail the ranks agree on which requests failed; those are dropped everywhere, and the rest
+    of the batch goes on.
     """
 
     def __init__(self, stage_model: str, plan: StagePlan, group: RankGroup) -> None:
@@ -136,9 +136,7 @@ class RankExecutor:
             items.append(self._plan.on_tick.items(work, index))
         return items
 
-    def _collect(
-        self, rows: Rows, failed: dict[str, DiffusionError]
-    ) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    def _collect(self, rows: Rows, failed: dict[str, DiffusionError]) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """Results of the requests that have ended and previews of others; an error here is that request's own."""
         results: dict[str, bytes] = {}
         previews: dict[str, bytes] = {}

@@ -1,7 +1,7 @@
 """StageService: one stage model as its Triton instance sees it. Requests go in, answers come out of a callback.
 
-One thread owns the scheduler, the worker groups and every request in them; other threads only put commands in its inbox. It
-never waits for anything but its poller, and never imports torch.
+One thread owns the scheduler, the worker groups and every request in them; others only put commands in its inbox.
+It never waits for anything but its poller, and never imports torch.
 """
 
 from __future__ import annotations
@@ -353,7 +353,9 @@ class StageService:
         for query, on_answer in list(request.watchers):
             if progress.step > query.after_step:
                 request.watchers.remove((query, on_answer))
-                on_answer(write_progress(progress, request.preview if request.preview_step > query.after_step else None))
+                on_answer(
+                    write_progress(progress, request.preview if request.preview_step > query.after_step else None)
+                )
 
     def _progress(self, request_id: str) -> Progress:
         entry = self._scheduler.entry(request_id)

@@ -32,12 +32,18 @@ class _Rank:
 class WorkerGroup:
     """The ranks of one replica.
 
-    `socket` and `pidfds` are for the service's poller: the first has messages of rank 0, one of the others becomes readable
-    when its rank has died.
+    `socket` and `pidfds` are for the service's poller: the first has messages of rank 0, one of the others becomes
+    readable when its rank has died.
     """
 
     def __init__(
-        self, *, stage_model: str, model_path: str, config: StageConfig, replica: int, context: zmq.Context[zmq.Socket[bytes]]
+        self,
+        *,
+        stage_model: str,
+        model_path: str,
+        config: StageConfig,
+        replica: int,
+        context: zmq.Context[zmq.Socket[bytes]],
     ) -> None:
         self._stage_model = stage_model
         self._model_path = model_path
@@ -131,16 +137,20 @@ class WorkerGroup:
 def _rank_environment(base: Mapping[str, str], device_id: str, num_threads: int) -> dict[str, str]:
     """Read by torch when it is imported, so it must be in place before the process starts.
 
-    OMP_WAIT_POLICY: the ranks of several stages share the cores. Threads that spin while they wait for each other take the
-    cores from the very threads they wait for: one step of the demo checkpoint then takes 0.8 s now and then instead of 12 ms.
+    OMP_WAIT_POLICY: the ranks of several stages share the cores. Threads that spin while they wait take the cores from
+    the very threads they wait for: on a busy machine a step of the demo checkpoint then took 0.8 s instead of 12 ms.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | dict(base) | {
-        "CUDA_VISIBLE_DEVICES": device_id,
-        "OMP_NUM_THREADS": str(num_threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-    }
+    return (
+        {"OMP_WAIT_POLICY": "PASSIVE"}
+        | dict(base)
+        | {
+            "CUDA_VISIBLE_DEVICES": device_id,
+            "OMP_NUM_THREADS": str(num_threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",
+        }
+    )
 
 
 def _write_line(process: subprocess.Popen[bytes], value: msgspec.Struct) -> None:

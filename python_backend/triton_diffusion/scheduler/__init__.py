@@ -1,4 +1,4 @@
-"""The request scheduler: admission, batches and replicas of a stage model. Pure Python, no torch, the clock handed in."""
+"""The request scheduler: admission, batches and replicas of a stage model. Pure Python, the clock handed in."""
 
 from triton_diffusion.scheduler.scheduler import RowId, Scheduler, Tick, Work
 

@@ -1,8 +1,8 @@
 """Orders the requests of one stage model.
 
-A request has one or more rows (pictures), a row has one or more steps. A tick is one batch on one replica: rows of equal
-batch_key, each at its own step. The batch is formed anew for every tick, so a request joins at the next one and a row that
-has done its last step makes room at once. Rows are taken first come, first served.
+A request has one or more rows (pictures), a row has one or more steps. A tick is one batch on one replica: rows of
+equal batch_key, each at its own step. The batch is formed anew for every tick, so a request joins at the next one and a
+row that has done its last step makes room at once. Rows are taken first come, first served.
 """
 
 from __future__ import annotations
@@ -94,13 +94,12 @@ class Scheduler:
         step_batching: bool,
         clock: Callable[[], float],
     ) -> None:
-        """
-        Args:
-            num_replicas: worker groups that take ticks.
-            max_queue_size: requests that may be here at a time, running ones included.
-            max_batch_size: rows of one tick.
-            step_batching: False runs one request at a time through all its steps in one tick: the reference loop.
-            clock: seconds, monotonic.
+        """Args:
+        num_replicas: worker groups that take ticks.
+        max_queue_size: requests that may be here at a time, running ones included.
+        max_batch_size: rows of one tick.
+        step_batching: False runs one request at a time through all its steps in one tick: the reference loop.
+        clock: seconds, monotonic.
         """
         self._num_replicas = num_replicas
         self._max_queue_size = max_queue_size
@@ -129,7 +128,8 @@ class Scheduler:
         """
         if len(self._entries) >= self._max_queue_size:
             raise QueueFullError(
-                f"the queue is full: {len(self._entries)} requests wait or run (parameter max_queue_size); try again later"
+                f"the queue is full: {len(self._entries)} requests wait or run (parameter max_queue_size); "
+                "try again later"
             )
         if work.request_id in self._entries:
             raise ValueError(f"request {work.request_id!r} is here already")

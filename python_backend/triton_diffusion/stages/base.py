@@ -27,7 +27,7 @@ class StageParallelism(Enum):
     MAIN_RANK_ONLY_AND_SEND_TO_OTHERS = "main_rank_only_and_send_to_others"
     """Rank 0 runs it and its outputs are broadcast: for results that must agree to the bit, such as sampled tokens."""
     CFG_PARALLEL = "cfg_parallel"
-    """Conditional and unconditional predictions on different ranks of the cfg axis; on a cfg axis of 1, as REPLICATED."""
+    """Conditional and unconditional predictions on different ranks of the cfg axis; where that is 1, as REPLICATED."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from triton_diffusion.stages.base import StageRequest, TickStage
 
 
 class DecodingStage(TickStage[StageRequest]):
-    """Decodes all pictures of a batch in one pass; rank 0 encodes them, so that no raw frame leaves the stage unasked."""
+    """Decodes the pictures of a batch in one pass; rank 0 encodes them, so that no raw frame leaves unasked."""
 
     name = "decoding"
 

@@ -104,7 +104,7 @@ def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _clean_estimate(row: DenoiseRow) -> torch.Tensor:
-    """x0 = x - sigma * v, the clean end of the straight path of flow matching (Lipman et al. 2023, arXiv:2210.02747)."""
+    """x0 = x - sigma * v, the clean end of flow matching's straight path (Lipman et al. 2023, arXiv:2210.02747)."""
     assert row.prediction is not None
     sigma = row.noise_scheduler.sigmas[row.step]
     estimate: torch.Tensor = row.latents - sigma.to(row.latents.dtype) * row.prediction

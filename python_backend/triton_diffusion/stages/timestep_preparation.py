@@ -22,6 +22,5 @@ class TimestepPreparationStage(PipelineStage[StageRequest]):
         """Set `noise_schedulers` of every request."""
         for item in batch:
             item.noise_schedulers = [
-                self._denoise.prepare_schedule(self._components, item.request)
-                for _ in range(item.request.num_outputs)
+                self._denoise.prepare_schedule(self._components, item.request) for _ in range(item.request.num_outputs)
             ]

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, ClassVar
 
 import numpy as np
@@ -132,9 +132,7 @@ class ChainModel:
         self._validation([incoming])
         assert incoming.request is not None
         validation = StageTimings(run_s=time.monotonic() - job.arrived_s)
-        state = RequestState(
-            job.request_id, incoming.request, {self._validation.name: validation}, incoming.warnings
-        )
+        state = RequestState(job.request_id, incoming.request, {self._validation.name: validation}, incoming.warnings)
         blob = self._call(job, self._config.text_encoding_model, write_state(state))
         blob = self._denoise_in_view(job, blob) if self.stream else self._denoise(job, blob)
         blob = self._call(job, self._config.decoding_model, blob)
@@ -146,6 +144,7 @@ class ChainModel:
     def _denoise_in_view(self, job: _Job, blob: bytes) -> bytes:
         """Denoise, and meanwhile send the caller a message for every step."""
         result = self._helpers.submit(self._denoise, job, blob)
+        previews: list[Future[None]] = []
         step = 0
         while not result.done():
             progress, preview = self._ask_progress(job, step)
@@ -153,26 +152,32 @@ class ChainModel:
                 # The stage has not heard of the request yet, or has just answered it.
                 wait([result], timeout=0.005)
                 continue
-            preview_tensors = [] if preview is None else [self._preview_tensor(job, preview, progress.step)]
             for each in range(step + 1, progress.step + 1):
-                is_newest = each == progress.step
-                message = dataclasses.replace(progress, step=each)
-                job.send([_progress_tensor(message), *(preview_tensors if is_newest else [])])
+                job.send([_progress_tensor(dataclasses.replace(progress, step=each))])
+            if preview is not None:
+                previews.append(self._helpers.submit(self._send_preview, job, preview, progress))
             step = progress.step
+        for sent in previews:
+            sent.result()
         return result.result()
 
     def _ask_progress(self, job: _Job, after_step: int) -> tuple[Progress, bytes | None]:
         query = write_progress_query(ProgressQuery(job.request_id, after_step))
         return read_progress(_stage_call(self._config.denoising_model, query))
 
-    def _preview_tensor(self, job: _Job, preview: bytes, step: int) -> Any:
-        """Have the estimate of the clean picture decoded."""
+    def _send_preview(self, job: _Job, preview: bytes, progress: Progress) -> None:
+        """Have the estimate of the clean picture decoded, and send it under the step that it shows."""
         state = read_state(preview)
         output_format = "png" if state.request.output_format == "raw" else state.request.output_format
         state.request = dataclasses.replace(state.request, output_format=output_format)
-        state.request_id = f"{job.request_id}-preview-{step}"
-        decoded = _stage_call(self._config.decoding_model, replace_metadata(preview, state.metadata()))
-        return bytes_tensor("preview_image", _media(read_tensors(decoded)))
+        state.request_id = f"{job.request_id}-preview-{progress.step}"
+        try:
+            decoded = _stage_call(self._config.decoding_model, replace_metadata(preview, state.metadata()))
+        except DiffusionError as error:
+            # The picture itself does not depend on it.
+            logger.warning("request %s goes without a preview of step %d: %s", job.request_id, progress.step, error)
+            return
+        job.send([_progress_tensor(progress), bytes_tensor("preview_image", _media(read_tensors(decoded)))])
 
     def _call(self, job: _Job, model: str, blob: bytes) -> bytes:
         """Run a stage for a job, which can be cancelled meanwhile."""
@@ -194,7 +199,7 @@ class ChainModel:
                     self._cancel(job, model)
 
     def _cancel(self, job: _Job, model: str) -> None:
-        """Tell a stage; told again at every turn until the call returns, since it may not have reached the stage yet."""
+        """Tell a stage; again at every turn until the call returns, since it may not have reached the stage yet."""
         try:
             _stage_call(model, write_cancel_order(CancelOrder(job.request_id)))
         except DiffusionError as error:
@@ -235,9 +240,7 @@ class _Job:
 
 
 def _stage_call(model: str, blob: bytes) -> bytes:
-    request = pb_utils.InferenceRequest(
-        model_name=model, requested_output_names=[STATE], inputs=[state_tensor(blob)]
-    )
+    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[STATE], inputs=[state_tensor(blob)])
     response = request.exec()
     if response.has_error():
         raise from_triton_error(response.error())

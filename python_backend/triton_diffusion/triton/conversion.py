@@ -45,7 +45,9 @@ def read_inputs(request: Any, names: Sequence[str]) -> dict[str, Any]:
             continue
         array = tensor.as_numpy()
         if array.size != 1:
-            raise InvalidRequestError(f"input {name!r} has shape {list(array.shape)}; it must hold one value, shape [1]")
+            raise InvalidRequestError(
+                f"input {name!r} has shape {list(array.shape)}; it must hold one value, shape [1]"
+            )
         value = array.reshape(-1)[0]
         values[name] = _decode(name, value) if isinstance(value, bytes) else value.item()
     return values

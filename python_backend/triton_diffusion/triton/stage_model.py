@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import triton_python_backend_utils as pb_utils
@@ -40,7 +41,7 @@ class StageModel:
         for request in requests:
             sender = request.get_response_sender()
             tensor = pb_utils.get_input_tensor_by_name(request, STATE)
-            self._service.submit(read_state_tensor(tensor), lambda answer, sender=sender: _send(sender, answer))
+            self._service.submit(read_state_tensor(tensor), partial(_send, sender))
 
     def finalize(self) -> None:
         """End the worker groups."""

@@ -19,4 +19,5 @@ def decode(components: Components, latents: torch.Tensor, request: GenerationReq
     pictures = vae.decode(latents.to(vae.device), return_dict=False)[0]
     # Range -1..1 to 0..1 in the compute dtype, then rounded in float32: the order of diffusers' VaeImageProcessor.
     scaled = (pictures * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float()
-    return (scaled * 255).round().to(torch.uint8)
+    rounded: torch.Tensor = (scaled * 255).round().to(torch.uint8)
+    return rounded

@@ -33,8 +33,8 @@ def prepare_schedule(components: Components, request: GenerationRequest) -> Any:
 def prepare_latents(components: Components, request: GenerationRequest) -> torch.Tensor:
     """Noise (num_outputs, S, C) in the compute dtype.
 
-    It is drawn on the CPU by one generator a row: the same on every device and rank, and the same as FluxPipeline's with
-    `generator=[torch.Generator().manual_seed(seed), ...]`.
+    It is drawn on the CPU by one generator a row: the same on every device and rank, and the same as FluxPipeline's
+    with `generator=[torch.Generator().manual_seed(seed), ...]`.
     """
     channels = components["transformer"].config.in_channels // PATCH_SIZE**2
     height, width = (PATCH_SIZE * size for size in _token_grid(components, request))
@@ -52,8 +52,8 @@ def shared_inputs(components: Components, request: GenerationRequest) -> dict[st
     img_ids[..., 1] = torch.arange(height)[:, None]
     img_ids[..., 2] = torch.arange(width)[None, :]
     txt_ids = torch.zeros(request.max_sequence_length, 3)
-    where = {"device": components.device, "dtype": components.dtype}
-    return {"img_ids": img_ids.reshape(-1, 3).to(**where), "txt_ids": txt_ids.to(**where)}
+    ids = {"img_ids": img_ids.reshape(-1, 3), "txt_ids": txt_ids}
+    return {name: tensor.to(components.device, components.dtype) for name, tensor in ids.items()}
 
 
 def predict(
@@ -84,7 +84,7 @@ def _token_grid(components: Components, request: GenerationRequest) -> tuple[int
 
 
 def _resolution_shift(config: Mapping[str, Any], image_seq_len: int) -> float:
-    """mu, linear in the number of image tokens: larger pictures stay longer at high noise (diffusers' calculate_shift)."""
+    """mu, linear in the number of image tokens: large pictures stay longer at high noise (calculate_shift)."""
     base_len, max_len = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (max_shift - base_shift) / (max_len - base_len)

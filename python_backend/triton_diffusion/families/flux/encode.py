@@ -14,8 +14,8 @@ from triton_diffusion.loading.components import Components
 def encode_prompts(components: Components, prompts: Sequence[str], max_sequence_length: int) -> list[EncodedPrompt]:
     """Encode B prompts in one pass of each encoder.
 
-    Returns for each prompt prompt_embeds (1, max_sequence_length, D) and pooled_prompt_embeds (1, P). CLIP cuts at its own
-    77 tokens (tokenizer.model_max_length) without a warning, since T5 still reads the rest.
+    Returns for each prompt prompt_embeds (1, max_sequence_length, D) and pooled_prompt_embeds (1, P). CLIP cuts at its
+    own 77 tokens (tokenizer.model_max_length) without a warning, since T5 still reads the rest.
     """
     clip, t5 = components["text_encoder"], components["text_encoder_2"]
     clip_ids = _token_ids(components["tokenizer"], prompts, components["tokenizer"].model_max_length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.checkpoint import Checkpoint
 from triton_diffusion.request import GenerationRequest, RequestDefaults
@@ -23,7 +25,7 @@ class FluxFamily(ModelFamily):
 
     name = "flux"
     pipeline_classes = ("FluxPipeline",)
-    stage_components = {
+    stage_components: ClassVar = {
         "text_encoding": ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
         "denoising": ("scheduler", "transformer"),
         "decoding": ("vae",),
