@@ -1,9 +1,9 @@
 """Ends a server whose owner died without a chance to end it (SIGKILL, a crash, the out-of-memory killer).
 
-A program of its own, started by server.py beside every server and killed by it when the server has ended. It only
-looks whether its parent still lives. PR_SET_PDEATHSIG would do that without a process, but it fires when the
-*thread* that started the server ends, it cannot kill a server that hangs on its way out, and it leaves the shared
-memory of what was killed.
+A program of its own, started by server.py beside every server and killed by it when the server has ended. It
+only looks whether its parent still lives. PR_SET_PDEATHSIG would do that without a process, but it fires when
+the *thread* that started the server ends, it cannot kill a server that hangs on its way out, and it leaves
+the shared memory of what was killed.
 
     python -I -S _server_guard.py OWNER_PID SERVER_PID GRACE_S SHARED_MEMORY_PREFIX FOLDER...
 """

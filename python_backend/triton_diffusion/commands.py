@@ -243,6 +243,7 @@ class ProgressLine:
         self._num_shown = 0
 
     def show(self, progress: StartProgress) -> None:
+        """Draw it."""
         if self._redraws:
             names = ", ".join(progress.loaded_models) or "no model yet"
             sys.stderr.write(f"\r\x1b[Kstarting: {progress.elapsed_s:.0f} s, loaded: {names}")
@@ -253,6 +254,7 @@ class ProgressLine:
         self._num_shown = len(progress.loaded_models)
 
     def end(self) -> None:
+        """Leave an empty line."""
         if self._redraws:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import random
 import re
@@ -87,6 +88,7 @@ class TritonServer:
         self._extra_arguments = tuple(extra_arguments)
         self._temporary_folders = [Path(folder) for folder in temporary_folders]
         self._run: _ServerRun | None = None
+        self._id = f"triton-diffusion-{secrets.token_hex(4)}"
         self._is_stopping = False
 
     # ---------------------------------------------------------------- addresses
@@ -150,7 +152,10 @@ class TritonServer:
                     raise ConfigurationError(self._why_it_ended(run))
                 self._start_process()
                 continue
-            if self.is_ready():
+            is_ready = self.is_ready()
+            if on_progress is not None:
+                on_progress(StartProgress(elapsed_s=elapsed_s, loaded_models=tuple(run.log.loaded_models)))
+            if is_ready:
                 return
             if elapsed_s > timeout_s:
                 raise ConfigurationError(
@@ -158,8 +163,6 @@ class TritonServer:
                     f"{', '.join(run.log.loaded_models) or 'no model'}; allow more time or look at the log\n"
                     f"{run.log.tail()}"
                 )
-            if on_progress is not None:
-                on_progress(StartProgress(elapsed_s=elapsed_s, loaded_models=tuple(run.log.loaded_models)))
             run.has_ended.wait(0.1 if elapsed_s < 5 else 0.5)
 
     def is_ready(self) -> bool:
@@ -167,8 +170,15 @@ class TritonServer:
         connection = http.client.HTTPConnection(_reachable_host(self._host), self.http_port, timeout=5)
         try:
             connection.request("GET", "/v2/health/ready")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
+            response = connection.getresponse()
+            response.read()
+            if response.status != 200:
+                return False
+            # Another server may have taken the port, and ours be about to find that out.
+            connection.request("GET", "/v2")
+            name: object = json.load(connection.getresponse()).get("name")
+            return name == self._id
+        except (OSError, http.client.HTTPException, ValueError):
             return False
         finally:
             connection.close()
@@ -261,9 +271,12 @@ class TritonServer:
             guard_grace_s=min(self._exit_timeout_s, 15),
             temporary_folders=self._temporary_folders,
         )
+        if self._is_stopping:  # asked to while there was no process yet
+            self.kill()
 
     def _arguments(self, shm_prefix: str) -> list[str]:
         return [
+            f"--id={self._id}",
             f"--model-repository={self._model_repository}",
             f"--http-address={self._host}",
             f"--http-port={self.http_port}",
@@ -283,7 +296,7 @@ class TritonServer:
         return self._run
 
     def _ports_were_taken(self, run: _ServerRun) -> bool:
-        return None in self._given_ports and bool(_PORT_IS_TAKEN.search(run.log.tail(200)))
+        return not self._is_stopping and None in self._given_ports and bool(_PORT_IS_TAKEN.search(run.log.tail(200)))
 
     def _why_it_ended(self, run: _ServerRun) -> str:
         if self._is_stopping:
@@ -488,6 +501,9 @@ def _end_group(group: int, timeout_s: float = 10.0) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         while time.monotonic() < deadline:
             os.killpg(group, signal.SIGKILL)
+            # In a container we are process 1, and the orphans of the server are ours to reap.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-group, os.WNOHANG)
             time.sleep(0.02)
 
 

@@ -79,7 +79,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model_path: str) -> Checkpoint:
-    """Find the folder that `model_path` means: "demo", a local folder, or a hub id (from the hub's cache, else downloaded).
+    """Find the folder that `model_path` means: "demo", a local folder, or a hub id (from its cache, else downloaded).
 
     Raises:
         ConfigurationError: there is no such checkpoint; the message names the folders that were looked for.

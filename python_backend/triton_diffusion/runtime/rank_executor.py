@@ -10,14 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import DiffusionError, from_wire, to_wire
 from triton_diffusion.runtime.messages import AdmitRequest, RunTick, TickDone
 from triton_diffusion.runtime.work import rows_and_steps
 from triton_diffusion.stages.base import StageRequest
-from triton_diffusion.stages.executor import run_stage
+from triton_diffusion.stages.executor import pack_tensors, run_stage
 from triton_diffusion.stages.plan import StagePlan
 from triton_diffusion.state import read_state
 
@@ -157,7 +157,7 @@ class RankExecutor:
         assert held.work is not None
         state = read_state(held.blob)
         state.warnings += held.work.warnings
-        return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, state.metadata())
+        return pack_tensors(tensors, state.metadata())
 
     def _forget_finished(self, rows: Rows) -> None:
         for request_id in _request_ids(rows):

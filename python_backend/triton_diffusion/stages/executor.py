@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ def run_stage(stage: PipelineStage[Any], batch: Sequence[Any], group: RankGroup)
             _run_and_send(stage, batch, group)
 
 
+def pack_tensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors blob of tensors that may be parts of one batch, or even the same tensor twice: each is copied."""
+    copies = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return save(copies, metadata)
+
+
 def _run_and_send(stage: PipelineStage[StageRequest], batch: Sequence[StageRequest], group: RankGroup) -> None:
     if not group.is_main:
         received = group.broadcast_bytes(None)
@@ -49,8 +55,8 @@ def _run_and_send(stage: PipelineStage[StageRequest], batch: Sequence[StageReque
 def _pack(batch: Sequence[StageRequest]) -> bytes:
     tensors: dict[str, torch.Tensor] = {}
     for index, item in enumerate(batch):
-        tensors.update({f"{index}.{name}": tensor.contiguous() for name, tensor in item.outputs.items()})
-    return save(tensors)
+        tensors.update({f"{index}.{name}": tensor for name, tensor in item.outputs.items()})
+    return pack_tensors(tensors)
 
 
 def _unpack(data: bytes, batch: Sequence[StageRequest], device: torch.device) -> None:

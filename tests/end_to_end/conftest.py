@@ -1,0 +1,92 @@
+"""One real tritonserver for all end-to-end tests: the built-in demo checkpoint, in float32 so that pictures can be compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+
+from triton_diffusion.repository import build_repository
+from triton_diffusion.server import TritonServer
+
+_DTYPES = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8": np.uint8}
+INPUT_TYPES = {
+    "prompt": "BYTES",
+    "negative_prompt": "BYTES",
+    "height": "INT32",
+    "width": "INT32",
+    "num_inference_steps": "INT32",
+    "guidance_scale": "FP32",
+    "embedded_guidance_scale": "FP32",
+    "seed": "INT64",
+    "num_outputs": "INT32",
+    "max_sequence_length": "INT32",
+    "output_format": "BYTES",
+    "output_quality": "INT32",
+    "preview_interval": "INT32",
+}
+
+
+@dataclass
+class RunningServer:
+    """Addresses of a server, and what a test needs to look into it."""
+
+    process: TritonServer
+    http_url: str
+    grpc_url: str
+
+    def ranks(self, stage_model: str | None = None) -> list[psutil.Process]:
+        """The rank processes of a stage model, or of all, by the Triton stub that is their parent."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if "triton_diffusion.runtime.rank" in process.cmdline():
+                stub = " ".join(process.parent().cmdline())
+                if stage_model is None or f"/{stage_model}/" in stub:
+                    found.append(process)
+        return found
+
+    def infer(self, *, protocol: str = "grpc", model: str = "diffusion", **inputs: Any) -> Any:
+        """One request through tritonclient; returns its InferResult."""
+        module = tritonclient.grpc if protocol == "grpc" else tritonclient.http
+        url = self.grpc_url if protocol == "grpc" else self.http_url
+        with module.InferenceServerClient(url, **({} if protocol == "grpc" else {"network_timeout": 120.0})) as client:
+            return client.infer(model, [tensor(module, name, value) for name, value in inputs.items()])
+
+
+def tensor(module: Any, name: str, value: Any, datatype: str | None = None) -> Any:
+    """An InferInput of shape [1], or of the array's shape and type if `value` is an array."""
+    if isinstance(value, np.ndarray):
+        array = value
+        datatype = datatype or next(key for key, dtype in _DTYPES.items() if dtype == value.dtype.type)
+    else:
+        datatype = datatype or INPUT_TYPES[name]
+        array = np.array([value.encode() if isinstance(value, str) else value], dtype=_DTYPES[datatype])
+    made = module.InferInput(name, list(array.shape), datatype)
+    made.set_data_from_numpy(array)
+    return made
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server that all tests share; a test that breaks it must leave it as it was."""
+    folder = tmp_path_factory.mktemp("server")
+    yield from run_server(folder, {"dtype": "float32", "max_num_inference_steps": "200"})
+
+
+def run_server(folder: Path, settings: dict[str, str], **options: Any) -> Iterator[RunningServer]:
+    """A server of its own with certain parameters; on the way out nothing of it may be left."""
+    repository = build_repository(folder / "models", settings)
+    with TritonServer(repository, log_file=folder / "server.log", exit_timeout_s=20, **options) as process:
+        process.wait_until_ready(180)
+        pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        yield RunningServer(process, process.http_address, process.grpc_address)
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    assert not list(Path("/dev/shm").glob(f"triton_diffusion_{os.getpid()}_*"))

@@ -1,0 +1,160 @@
+"""Wrong requests: each is answered with what was given, what is allowed and what to do; the next good one is served."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from tests.end_to_end.conftest import INPUT_TYPES, RunningServer, tensor
+from tritonclient.utils import InferenceServerException
+
+pytestmark = pytest.mark.end_to_end
+
+INT32_MAX = 2**31 - 1
+ANSWERS = ("ok", "StatusCode.INVALID_ARGUMENT", "400")
+BAD_INPUTS = [
+    ({"prompt": ""}, "prompt is empty"),
+    ({"prompt": " \n\t"}, "prompt is empty"),
+    ({"prompt": "x" * 20_000}, "has 20000 bytes; this server allows 16384"),
+    ({"prompt": b"\xff\xfe"}, "not UTF-8"),
+    ({"height": 100}, "height=100 must be a positive multiple of 16 for this model; try 96 or 112"),
+    ({"width": 0}, "width=0 must be a positive multiple of 16"),
+    ({"width": -128}, "width=-128 must be a positive multiple of 16"),
+    ({"height": 16384, "width": 16384}, "this server allows 4194304"),
+    ({"height": INT32_MAX - 15}, "must be a positive multiple|this server allows"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0 must be between 1 and 200"),
+    ({"num_inference_steps": 201}, "num_inference_steps=201 must be between 1 and 200"),
+    ({"guidance_scale": -1.0}, "guidance_scale=-1.0 must be a finite number"),
+    ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),
+    ({"embedded_guidance_scale": float("inf")}, "embedded_guidance_scale=inf must be a finite number"),
+    ({"seed": -1}, "seed=-1 must be between 0 and"),
+    ({"seed": 2**63 - 1, "num_outputs": 2}, "leave it out for a random one"),
+    ({"num_outputs": 0}, "num_outputs=0 must be between 1 and 8"),
+    ({"num_outputs": 9}, "num_outputs=9 must be between 1 and 8"),
+    ({"max_sequence_length": 513}, "max_sequence_length=513 must be between 1 and 512"),
+    ({"output_format": "pgn"}, "output_format='pgn' must be one of b64_png, png, jpeg, webp, raw .did you mean png"),
+    ({"output_format": "jpeg", "output_quality": 101}, "output_quality=101 must be between 1 and 100"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "message"), BAD_INPUTS, ids=[str(number) for number in range(len(BAD_INPUTS))])
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_value_that_is_not_allowed_is_refused_with_the_reason(
+    server: RunningServer, inputs: dict[str, Any], message: str, protocol: str
+) -> None:
+    with pytest.raises(InferenceServerException, match=message) as caught:
+        server.infer(protocol=protocol, **{"prompt": "a circle"} | inputs)
+    assert caught.value.status() in ("StatusCode.INVALID_ARGUMENT", "400")
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": np.array([b"a", b"b"], dtype=np.object_)},
+        {"prompt": np.array([[b"a"]], dtype=np.object_)},
+        {"seed": np.array([1], dtype=np.int32)},
+        {"height": np.array([128.0], dtype=np.float32)},
+        {"hieght": np.array([128], dtype=np.int32)},
+    ],
+    ids=["two prompts", "2-D prompt", "int32 seed", "float height", "unknown input"],
+)
+def test_a_wrong_dtype_shape_or_name_is_refused(server: RunningServer, wrong: dict[str, Any], protocol: str) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        server.infer(protocol=protocol, **{"prompt": "a circle"} | wrong)
+    assert caught.value.status() in ("StatusCode.INVALID_ARGUMENT", "400")
+
+
+def test_a_request_without_a_prompt_is_refused(server: RunningServer) -> None:
+    with pytest.raises(InferenceServerException, match="prompt"):
+        server.infer(seed=1)
+
+
+def test_generate_answers_bad_values_with_http_400_and_the_message(server: RunningServer) -> None:
+    body = json.dumps({"prompt": "a circle", "num_inference_steps": 0}).encode()
+    request = urllib.request.Request(f"http://{server.http_url}/v2/models/diffusion/generate", data=body)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    assert caught.value.code == 400
+    assert "must be between 1 and 200" in json.load(caught.value)["error"]
+
+
+@pytest.mark.parametrize("stage_model", ["text_encoding", "denoising", "decoding"])
+def test_garbage_sent_to_a_stage_model_is_refused(server: RunningServer, stage_model: str) -> None:
+    metadata = json.dumps({"__metadata__": {"state": '{"request_id": "x", "request": {}}'}}).encode()
+    for blob in (b"", b"garbage", struct.pack("<Q", 2**63), struct.pack("<Q", len(metadata)) + metadata, b"\x80\x04."):
+        with pytest.raises(InferenceServerException, match="state") as caught:
+            server.infer(model=stage_model, state=np.frombuffer(blob, np.uint8))
+        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_thousands_of_random_requests_are_all_answered_and_the_next_good_one_is_served(server: RunningServer) -> None:
+    processes = len(server.ranks())
+    rng = random.Random(1)
+    requests = [_random_inputs(rng) for _ in range(3000)]
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(lambda inputs: _outcome(server, inputs), requests))
+    unclear = [outcome for outcome in outcomes if outcome.split(":")[0] not in ANSWERS]
+    assert not unclear
+    assert 20 < outcomes.count("ok") < 1500
+    result = server.infer(prompt="a circle", num_inference_steps=2)
+    assert len(result.as_numpy("generated_image")) == 1
+    assert len(server.ranks()) == processes
+
+
+def _outcome(server: RunningServer, inputs: dict[str, np.ndarray]) -> str:
+    protocol = "grpc" if len(inputs) % 2 else "http"
+    try:
+        server.infer(protocol=protocol, **inputs)
+    except InferenceServerException as error:
+        return f"{error.status()}: {error.message()} for {inputs}"
+    return "ok"
+
+
+def _random_inputs(rng: random.Random) -> dict[str, np.ndarray]:
+    """A request whose inputs are each left out, right, at an edge, or nonsense."""
+    inputs: dict[str, Any] = {"prompt": rng.choice(["a circle", "", "\0", "💠" * 40, b"\xc3\x28", "a" * 17_000, "a star"])}
+    choices: dict[str, list[Any]] = {
+        "negative_prompt": ["", "a star", b"\xff"],
+        "height": [16, 32, 48, 7, 0, -16, 2**20, INT32_MAX],
+        "width": [16, 32, 48, 7, 0, -16, 2**20, INT32_MAX],
+        "num_inference_steps": [1, 2, 0, -5, INT32_MAX],
+        "guidance_scale": [1.0, 2.0, -1.0, float("nan"), float("inf"), 1e30],
+        "embedded_guidance_scale": [1.0, float("-inf")],
+        "seed": [0, 1, 2**62, 2**63 - 1, -(2**63)],
+        "num_outputs": [1, 2, 0, 9, -(2**31)],
+        "max_sequence_length": [1, 8, 32, 0, 513],
+        "output_format": ["raw", "png", "jpeg", "exe", "../../etc/passwd", "http://127.0.0.1/"],
+        "output_quality": [1, 100, 0, 1000],
+    }
+    for name in rng.sample(sorted(choices), rng.randint(0, 4)):
+        inputs[name] = rng.choice(choices[name])
+    inputs.setdefault("height", 16)
+    inputs.setdefault("num_inference_steps", 1)
+    made = {}
+    for name, value in inputs.items():
+        raw = value.encode() if isinstance(value, str) else value
+        kinds = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+        array = np.array([raw], dtype=kinds[INPUT_TYPES[name]])
+        if rng.random() < 0.03:
+            array = np.repeat(array, 2)
+        made[name] = array
+    return made
+
+
+def test_tensors_that_lie_about_their_size_are_refused(server: RunningServer) -> None:
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        prompt = tensor(tritonclient.grpc, "prompt", "a circle")
+        prompt._raw_content = struct.pack("<I", 2**31) + b"a circle"
+        with pytest.raises(InferenceServerException):
+            client.infer("diffusion", [prompt])
+    assert server.infer(prompt="a circle", num_inference_steps=1) is not None
