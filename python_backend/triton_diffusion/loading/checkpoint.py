@@ -125,7 +125,7 @@ def _hub_folder(model_path: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigurationError(
             f"model_path={model_path!r} is not on this machine and could not be downloaded: {looked_for}; "
-            f"run `hf download {model_path}` where there is a network, or give a local folder ({error})"
+            f"run `hf download {model_path}` where there is a network, or give a local folder ({_first_line(error)})"
         ) from error
 
 
@@ -137,3 +137,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path} must hold a JSON object")
     return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -180,27 +180,27 @@ class StageService:
         os.close(self._wake_fd)
 
     def _turn(self) -> None:
-        """Wait for something to happen, and do what follows from it."""
-        self._wait()
+        """Do what is to be done, and wait until something happens."""
         self._drain_inbox()
         for replica in self._replicas:
             if replica.group is not None:
                 self._watch(replica, replica.group)
-            elif time.monotonic() >= replica.restart_at_s:
+            if self._stopping:
+                return
+            if replica.group is None and time.monotonic() >= replica.restart_at_s:
                 self._start_group(replica)
             self._send_ticks(replica)
+        self._wait()
 
     def _wait(self) -> None:
         poller = zmq.Poller()
         poller.register(self._wake_fd, zmq.POLLIN)
-        timeout_ms = None
         for replica in self._replicas:
-            if not replica.ready:
-                timeout_ms = 0 if replica.group is None and not replica.failed_starts else 200
             if replica.group is not None:
                 for source in (replica.group.socket, *replica.group.pidfds):
                     poller.register(source, zmq.POLLIN)
-        poller.poll(timeout_ms)
+        # Deadlines and back-off count only while a group is not up.
+        poller.poll(None if all(replica.ready for replica in self._replicas) else 200)
 
     def _drain_inbox(self) -> None:
         with contextlib.suppress(BlockingIOError):
