@@ -29,16 +29,12 @@ class TritonInstallation:
     executable: Path
     """The server."""
     python_backend_files: tuple[Path, ...] = ()
-    """The files of the Python backend, to be linked into a backend directory; empty if the server finds its
-    own.
-    """
+    """The files of the Python backend, to be linked into a backend directory; empty if the server finds its own."""
     library_folders: tuple[Path, ...] = ()
     """What the server's own libraries need on LD_LIBRARY_PATH."""
 
     def prepare_backend_directory(self, folder: Path) -> list[str]:
-        """Lay out the backend directory below `folder`, if one is needed; return the server's arguments for
-        it.
-        """
+        """Lay out the backend directory below `folder`, if one is needed; return the server's arguments for it."""
         if not self.python_backend_files:
             return []
         python_backend = folder / "python"

@@ -67,15 +67,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Serve until a signal comes or the server ends; returns the server's exit code, 2 for a wrong
-    configuration.
-    """
+    """Serve until a signal comes or the server ends; returns the server's exit code, 2 for a wrong configuration."""
     return _reporting_mistakes(_serve, args)
 
 
 def add_build_repository_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `build-repository`."""
-    parser.add_argument("destination", metavar="FOLDER", help="where to write the model repository")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write the model repository")
     parser.add_argument(
         "--force", action="store_true", help="replace models of the same names in a folder made by others"
     )
@@ -132,9 +130,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
-    """The parameters to set: those that were given, so that the defaults stay in one place, the config.pbtxt
-    files.
-    """
+    """The parameters to set: those that were given, so that the defaults stay in one place, the config.pbtxt files."""
     settings = {name: str(value) for name in _DEFAULTS if (value := getattr(args, name, None)) is not None}
     for item in args.settings:
         name, equals, value = item.partition("=")
@@ -228,15 +224,13 @@ def _exit_status(server: TritonServer) -> int:
 
 
 def _build_repository(args: argparse.Namespace) -> int:
-    folder = repository.build_repository(args.destination, _settings(args), force=args.force)
+    folder = repository.build_repository(args.output, _settings(args), force=args.force)
     print(f"{folder}\nserve it: triton-diffusion serve --model-repository {folder}")
     return 0
 
 
 class ProgressLine:
-    """The start on one line that is drawn anew, or on a line for every model where the line would not stay
-    whole.
-    """
+    """The start on one line that is drawn anew, or on a line for every model where the line would not stay whole."""
 
     def __init__(self, *, is_alone: bool) -> None:
         self._redraws = is_alone and sys.stderr.isatty()

@@ -193,9 +193,7 @@ class TritonServer:
         return self._run is not None and not self._run.has_ended.is_set()
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Wait for the process to end; its exit code (negative: the signal that ended it), or None at the
-        timeout.
-        """
+        """Wait for the process to end; its exit code (negative: the signal that ended it), or None at the timeout."""
         run = self._started()
         return run.exit_code if run.has_ended.wait(timeout_s) else None
 
@@ -225,9 +223,7 @@ class TritonServer:
 
     @contextlib.contextmanager
     def forwarding_signals(self) -> Iterator[None]:
-        """Within, SIGTERM and SIGINT end the server in order, and a second one ends it at once. For the main
-        thread.
-        """
+        """Within, SIGTERM and SIGINT end the server in order, and a second one ends it at once. For the main thread."""
 
         def forward(_signal_number: int, _frame: FrameType | None) -> None:
             if self._is_stopping:
@@ -495,12 +491,13 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-def _end_group(group: int, timeout_s: float = 10.0) -> None:
-    """Kill what is left of a process group whose leader has ended, and wait until it is gone."""
-    deadline = time.monotonic() + timeout_s
+def _end_group(group: int, patience_s: float = 2.0, timeout_s: float = 10.0) -> None:
+    """Wait until a process group whose leader has ended is gone; kill what is left of it after `patience_s`."""
+    started = time.monotonic()
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        while time.monotonic() < deadline:
-            os.killpg(group, signal.SIGKILL)
+        while (elapsed_s := time.monotonic() - started) < timeout_s:
+            # Signal 0 only asks whether somebody is there: models may be at their own clean-up.
+            os.killpg(group, signal.SIGKILL if elapsed_s > patience_s else 0)
             # In a container we are process 1, and the orphans of the server are ours to reap.
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(-group, os.WNOHANG)

@@ -122,7 +122,9 @@ def _outcome(server: RunningServer, inputs: dict[str, np.ndarray]) -> str:
 
 def _random_inputs(rng: random.Random) -> dict[str, np.ndarray]:
     """A request whose inputs are each left out, right, at an edge, or nonsense."""
-    inputs: dict[str, Any] = {"prompt": rng.choice(["a circle", "", "\0", "💠" * 40, b"\xc3\x28", "a" * 17_000, "a star"])}
+    inputs: dict[str, Any] = {
+        "prompt": rng.choice(["a circle", "", "\0", "💠" * 40, b"\xc3\x28", "a" * 17_000, "a star"])
+    }
     choices: dict[str, list[Any]] = {
         "negative_prompt": ["", "a star", b"\xff"],
         "height": [16, 32, 48, 7, 0, -16, 2**20, INT32_MAX],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -109,9 +110,7 @@ def test_every_output_can_be_drawn_again_alone_from_its_seed(server: RunningServ
 def test_without_a_seed_each_request_draws_another_picture_and_says_its_seed(server: RunningServer) -> None:
     first, second = (server.infer(prompt=PROMPT, num_inference_steps=2, output_format="raw") for _ in range(2))
     assert first.as_numpy("seed")[0] != second.as_numpy("seed")[0]
-    again = server.infer(
-        prompt=PROMPT, num_inference_steps=2, seed=int(first.as_numpy("seed")[0]), output_format="raw"
-    )
+    again = server.infer(prompt=PROMPT, num_inference_steps=2, seed=int(first.as_numpy("seed")[0]), output_format="raw")
     assert difference(raw(first), raw(again)) <= 1
 
 
@@ -153,3 +152,21 @@ def test_the_generate_endpoint_answers_json_with_base64(server: RunningServer) -
     image = Image.open(io.BytesIO(base64.b64decode(answer["generated_image"])))
     assert image.size == (128, 128)
     assert answer["seed"] == 1
+
+
+def test_the_metrics_page_counts_requests_and_steps_of_every_stage(server: RunningServer) -> None:
+    def read() -> dict[str, float]:
+        with urllib.request.urlopen(server.process.metrics_url, timeout=60) as response:
+            lines = [line for line in response.read().decode().splitlines() if line.startswith("diffusion_")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    before = read()
+    server.infer(prompt=PROMPT, num_inference_steps=7)
+    deadline = time.monotonic() + 10
+    done = 'diffusion_requests_done_total{model="decoding"}'
+    while (after := read())[done] == before[done]:
+        assert time.monotonic() < deadline, "the metrics were not published"
+        time.sleep(0.2)
+    assert after['diffusion_ticks_total{model="denoising"}'] - before['diffusion_ticks_total{model="denoising"}'] == 7
+    assert after['diffusion_queue_depth{model="denoising"}'] == 0
+    assert after['diffusion_ready_replicas{model="denoising"}'] == 1

@@ -28,9 +28,7 @@ class RankGroup:
     Control traffic goes over gloo on every device; a group of one rank never touches torch.distributed.
     """
 
-    def __init__(
-        self, *, rank: int, size: int, device: torch.device, store: Store | None = None
-    ) -> None:
+    def __init__(self, *, rank: int, size: int, device: torch.device, store: Store | None = None) -> None:
         self.rank = rank
         self.size = size
         self.device = device

@@ -79,9 +79,7 @@ class _ServiceChannel:
         return self._socket.recv()
 
 
-def _rendezvous(
-    launch: RankLaunch, lifeline: BinaryIO, channel: _ServiceChannel | None
-) -> Store | None:
+def _rendezvous(launch: RankLaunch, lifeline: BinaryIO, channel: _ServiceChannel | None) -> Store | None:
     """The store that the ranks meet at: rank 0 hosts it on a port that the system chose, the service hands that on."""
     if launch.group_size == 1:
         return None

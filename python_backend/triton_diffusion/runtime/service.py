@@ -7,6 +7,7 @@ It never waits for anything but its poller, and never imports torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -29,6 +30,7 @@ from triton_diffusion.errors import (
 )
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
+from triton_diffusion.observability.metrics import StageMetrics
 from triton_diffusion.runtime.messages import (
     AdmitRequest,
     DropRequest,
@@ -39,7 +41,7 @@ from triton_diffusion.runtime.messages import (
 )
 from triton_diffusion.runtime.work import rows_and_steps
 from triton_diffusion.runtime.worker_group import WorkerGroup
-from triton_diffusion.scheduler import Scheduler, Work
+from triton_diffusion.scheduler import Entry, Scheduler, Work
 from triton_diffusion.state import (
     CancelOrder,
     Progress,
@@ -107,6 +109,7 @@ class StageService:
             clock=time.monotonic,
         )
         self._requests: dict[str, _Request] = {}
+        self._metrics = StageMetrics()
         self._inbox_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -134,6 +137,16 @@ class StageService:
         """Hand in a state, a progress query or a cancel order; `on_answer` is called exactly once, whatever happens."""
         if not self._call(lambda: self._take(blob, on_answer)):
             on_answer(self._shutting_down())
+
+    def metrics(self) -> StageMetrics:
+        """The numbers as they stand; from any thread."""
+        running = sum(entry.started_s is not None for entry in self._scheduler.entries())
+        return dataclasses.replace(
+            self._metrics,
+            queue_depth=len(self._scheduler) - running,
+            running_requests=running,
+            ready_replicas=sum(replica.ready for replica in self._replicas),
+        )
 
     def stop(self) -> None:
         """End the worker groups; requests that are still here fail with ShuttingDownError."""
@@ -257,6 +270,7 @@ class StageService:
         reason = f"replica {replica.index} of {self._stage_model}: {replica.failure or death}"
         logger.error("%s", reason)
         group.stop(graceful=False)
+        self._metrics.restarts_total += self._has_started
         loaded = replica.ready
         replica.group, replica.ready, replica.in_flight = None, False, 0
         if not self._has_started:
@@ -286,8 +300,11 @@ class StageService:
                 replica.group.send(AdmitRequest(request_id=request_id, state=self._requests[request_id].blob))
             replica.group.send(RunTick(tick_id=tick.tick_id, rows=list(tick.rows), num_steps=tick.num_steps))
             replica.in_flight += 1
+            self._metrics.batch_rows_total += len(tick.rows)
 
     def _tick_done(self, group: WorkerGroup, done: TickDone) -> None:
+        self._metrics.ticks_total += 1
+        self._metrics.tick_seconds_total += done.duration_s
         for request_id, wire in done.failed.items():
             if request_id in self._requests:
                 group.send(DropRequest(request_id=request_id))
@@ -389,6 +406,19 @@ class StageService:
             entry.work.num_steps,
             time.monotonic() - entry.submitted_s,
         )
+        self._count_end(entry, answer)
         request.on_answer(answer)
         for _, on_answer in request.watchers:
             on_answer(write_progress(_ENDED, None))
+
+    def _count_end(self, entry: Entry, answer: Answer) -> None:
+        now = time.monotonic()
+        started_s = entry.started_s or now
+        self._metrics.queue_seconds_total += started_s - entry.submitted_s
+        self._metrics.stage_seconds_total += now - started_s
+        if isinstance(answer, bytes):
+            self._metrics.requests_done_total += 1
+        elif isinstance(answer, RequestCancelledError):
+            self._metrics.requests_cancelled_total += 1
+        else:
+            self._metrics.requests_failed_total += 1

@@ -120,6 +120,10 @@ class Scheduler:
         """How far a request is; raises KeyError when it is not here."""
         return self._entries[request_id]
 
+    def entries(self) -> list[Entry]:
+        """All requests that are here, in the order in which they came."""
+        return list(self._entries.values())
+
     def submit(self, work: Work) -> None:
         """Admit a request, and place it on the replica with the least work left.
 

@@ -19,6 +19,7 @@ from triton_diffusion.triton.conversion import (
     state_tensor,
     triton_error,
 )
+from triton_diffusion.triton.metrics import MetricsPublisher
 
 
 class StageModel:
@@ -35,6 +36,7 @@ class StageModel:
             self._service.start()
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
+        self._metrics = MetricsPublisher(args["model_name"], self._service.metrics)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the service; its answer goes out through the response sender."""
@@ -45,6 +47,7 @@ class StageModel:
 
     def finalize(self) -> None:
         """End the worker groups."""
+        self._metrics.stop()
         self._service.stop()
 
 

@@ -1,0 +1,29 @@
+"""What a stage model counts. Plain numbers, added up where the work is done, published from there once a second.
+
+Triton's own queue and compute metrics say nothing about our models, whose instances answer later: these stand in for
+them. Sums and counts are enough for averages over any time, such as rate(tick_seconds) / rate(ticks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StageMetrics:
+    """Gauges and running totals of one stage model; each is published as diffusion_<name>{model="..."}."""
+
+    queue_depth: int = field(default=0, metadata={"gauge": "Requests that have not been put in a batch yet"})
+    running_requests: int = field(default=0, metadata={"gauge": "Requests that have been put in a batch"})
+    ready_replicas: int = field(default=0, metadata={"gauge": "Worker groups that take work"})
+    ticks_total: int = field(default=0, metadata={"counter": "Batches run; in denoising one is one step"})
+    batch_rows_total: int = field(default=0, metadata={"counter": "Rows in these batches"})
+    tick_seconds_total: float = field(
+        default=0.0, metadata={"counter": "Seconds that the ranks spent in these batches"}
+    )
+    queue_seconds_total: float = field(default=0.0, metadata={"counter": "Seconds that ended requests had waited"})
+    stage_seconds_total: float = field(default=0.0, metadata={"counter": "Seconds that ended requests had run"})
+    requests_done_total: int = field(default=0, metadata={"counter": "Requests answered with a result"})
+    requests_failed_total: int = field(default=0, metadata={"counter": "Requests answered with an error"})
+    requests_cancelled_total: int = field(default=0, metadata={"counter": "Requests cancelled by their caller"})
+    restarts_total: int = field(default=0, metadata={"counter": "Worker groups that died and were replaced"})
