@@ -43,13 +43,14 @@ find_base_python() {
         "or name it in TRITON_DIFFUSION_PYTHON"
 }
 
-# Everything that decides what is in the environment, as one line.
+# Everything that decides what is in the environment, as one line; the settings of the tools do not.
 environment_fingerprint() {
     local accelerator=cpu server=wheel
     has_gpu && accelerator=cuda
     has_tritonserver && server=system
     printf '%s %s %s ' "$accelerator" "$server" "$("$1" -VV | tr -d '\n')"
-    cat "$ROOT/pyproject.toml" "$CONSTRAINTS" "$ROOT/scripts/_environment.sh" | sha256sum | cut -c1-64
+    sed '/^\[tool\.ruff\]/,$d' "$ROOT/pyproject.toml" \
+        | cat - "$CONSTRAINTS" "$ROOT/scripts/_environment.sh" | sha256sum | cut -c1-64
 }
 
 # run_step "what happens" command...: quiet, with a line that shows the seconds; on failure the end of the output.
@@ -57,12 +58,17 @@ run_step() {
     local what="$1" log="$ROOT/.cache/environment.log" started=$SECONDS pid
     shift
     if [[ ! -t 2 ]]; then printf '%s ...' "$what" >&2; fi
+    # A process group of its own, so that all of it can be ended with this script.
+    set -m
     "$@" >"$log" 2>&1 &
     pid=$!
+    set +m
+    trap 'kill -TERM -- "-$pid" 2>/dev/null' EXIT
     while kill -0 "$pid" 2>/dev/null; do
         if [[ -t 2 ]]; then printf '\r%s ... %d s' "$what" $((SECONDS - started)) >&2; fi
         sleep 0.5
     done
+    trap - EXIT
     if wait "$pid"; then
         if [[ -t 2 ]]; then printf '\r%s ... ' "$what" >&2; fi
         printf ' done in %d s\n' $((SECONDS - started)) >&2
@@ -99,7 +105,7 @@ make_environment() {
     fi
     if [[ ! -x "$PYTHON" ]]; then
         run_step "making $(basename "$VENV")" "$base" -m venv "$VENV" \
-            || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3-venv"
+            || { rm -rf "$VENV"; fail "python -m venv failed; on Debian and Ubuntu it needs the package python3-venv"; }
     fi
     run_step "installing torch" install_torch || fail "torch could not be installed"
     run_step "installing triton-diffusion [$extras]" pip_install --editable "$ROOT[$extras]" \
@@ -129,9 +135,9 @@ prepare_environment() {
     fingerprint="$(environment_fingerprint "$base")"
     is_prepared "$fingerprint" "$@" && return
     mkdir -p "$ROOT/.cache"
-    (
-        flock 9
-        # Another script may have done it while this one waited.
-        is_prepared "$fingerprint" "$@" || make_environment "$base" "$fingerprint" "$@"
-    ) 9>"$ROOT/.cache/environment.lock"
+    exec 9>"$ROOT/.cache/environment.lock"
+    flock 9
+    # Another script may have done it while this one waited.
+    is_prepared "$fingerprint" "$@" || make_environment "$base" "$fingerprint" "$@"
+    exec 9>&-
 }

@@ -41,6 +41,10 @@ def main() -> int:
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(
+        '\nThe tables\' "Server" lines count only the time until an instance takes a request in: our instances answer '
+        "later. The server's own account of stages, steps and queues is on its metrics page."
+    )
     return max(exit_codes)
 
 
@@ -49,17 +53,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--perf-analyzer", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--url", help="HTTP address of a running server, host:port (default: start one)")
     parser.add_argument("--grpc-url", help="gRPC address of that server, host:port")
-    parser.add_argument(
-        "--concurrency", default="4", help="requests at once: N, or START:END:STEP (default: 4)"
-    )
+    parser.add_argument("--concurrency", default="4", help="requests at once: N, or START:END:STEP (default: 4)")
     parser.add_argument("--request-count", type=int, default=24, help="requests a measurement (default: 24)")
     parser.add_argument("--prompt", default="a large red circle above a small blue star on a gray background")
     parser.add_argument("--num-inference-steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--height", type=int, help="default: the checkpoint's")
     parser.add_argument("--width", type=int, help="default: the checkpoint's")
-    parser.add_argument(
-        "perf_analyzer_arguments", nargs="*", metavar="-- ARGUMENT", help="passed on, after --"
-    )
+    parser.add_argument("perf_analyzer_arguments", nargs="*", metavar="-- ARGUMENT", help="passed on, after --")
     args = parser.parse_args()
     if (args.url is None) != (args.grpc_url is None):
         parser.error("--url and --grpc-url belong together")
@@ -79,8 +79,13 @@ def running_server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     if args.url is not None:
         yield args.url, args.grpc_url
         return
-    log_file = Path("outputs") / "tritonserver.log"
-    with TritonServer(find_model_repository(), log_file=log_file) as server:
+    log_file = Path(__file__).resolve().parents[1] / "outputs" / "tritonserver.log"
+    with TritonServer(
+        find_model_repository(),
+        log_file=log_file,
+        exit_timeout_s=30,
+        extra_arguments=["--disable-auto-complete-config"],
+    ) as server:
         progress = ProgressLine(is_alone=True)
         server.wait_until_ready(on_progress=progress.show)
         progress.end()

@@ -29,9 +29,10 @@ class Connection:
     certificate_chain: Path | None = None
     """PEM files by which the client proves who it is; both or none."""
 
-    def unreachable(self, reason: object, request_id: str | None = None) -> ServerUnavailableError:
+    def unreachable(self, reason: Exception | str, request_id: str | None = None) -> ServerUnavailableError:
         """The error for a server that does not answer, or stopped answering."""
         port = "gRPC" if self.protocol == "grpc" else "HTTP"
+        reason = str(reason) or type(reason).__name__
         return ServerUnavailableError(
             f"cannot reach a server at {self.address} ({reason}); start one with 'triton-diffusion serve', or give the "
             f"url of the {port} port of one that runs",

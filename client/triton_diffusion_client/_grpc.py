@@ -5,7 +5,7 @@ A cancel, a time-out and a lost connection all end the call, and the server sees
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import grpc
@@ -36,16 +36,16 @@ _CHANNEL_OPTIONS = [
 # Without it Triton reports an error in a stream as a message without a status.
 _STREAM_METADATA = (("triton_grpc_error", "true"),)
 
-# How gRPC's own complaints about the connection begin; anything else that is UNAVAILABLE comes from the server.
+# How gRPC itself complains about the connection; anything else that is UNAVAILABLE comes from the server.
 _CONNECTION_COMPLAINTS = (
     "failed to connect",
     "connections to all backends failing",
     "dns resolution failed",
     "socket closed",
     "connection reset",
-    "recvmsg:",
-    "sendmsg:",
-    "ssl_",
+    "broken pipe",
+    "handshake failed",
+    "recvmsg",
     "goaway",
 )
 
@@ -68,8 +68,8 @@ def to_client_error(
 ) -> DiffusionClientError:
     """Our exception for an error that gRPC raised."""
     status, message = error.code().name, error.details() or ""
-    request_id = request and request.request_id
-    if status == "UNAVAILABLE" and message.lower().startswith(_CONNECTION_COMPLAINTS):
+    request_id = None if request is None else request.request_id
+    if status == "UNAVAILABLE" and any(complaint in message.lower() for complaint in _CONNECTION_COMPLAINTS):
         return connection.unreachable(message, request_id)
     if status == "DEADLINE_EXCEEDED" and request is not None and request.timeout_s is not None:
         return RequestTimeoutError(
@@ -125,7 +125,7 @@ class GrpcTransport:
         finally:
             call.cancel()  # on KeyboardInterrupt; without effect once the call has ended
 
-    def stream(self, request: WireRequest) -> Iterator[Outputs]:
+    def stream(self, request: WireRequest) -> Generator[Outputs, None, None]:
         """Send a request and yield its responses; closing the iterator cancels it."""
         call = self._stub.ModelStreamInfer(
             iter([to_infer_request(request)]),
@@ -171,9 +171,7 @@ class AsyncGrpcTransport:
 
     async def infer(self, request: WireRequest) -> Outputs:
         """Send a request and wait for its one response; cancelling the task cancels it."""
-        call = self._stub.ModelInfer(
-            to_infer_request(request), timeout=request.timeout_s, metadata=self._metadata
-        )
+        call = self._stub.ModelInfer(to_infer_request(request), timeout=request.timeout_s, metadata=self._metadata)
         try:
             outputs: Outputs = InferResult(await call)
             return outputs
@@ -182,7 +180,7 @@ class AsyncGrpcTransport:
         finally:
             call.cancel()
 
-    async def stream(self, request: WireRequest) -> AsyncIterator[Outputs]:
+    async def stream(self, request: WireRequest) -> AsyncGenerator[Outputs, None]:
         """Send a request and yield its responses; closing the iterator or cancelling the task cancels it."""
         call = self._stub.ModelStreamInfer(
             iter([to_infer_request(request)]),

@@ -1,17 +1,16 @@
 """Requests over HTTP: Triton's /infer with binary tensors, and /generate_stream with server-sent events.
 
-Triton notices a closed connection only when it next writes to it. So a stream is cancelled at the request's next step, but
-a single answer is made to the end unless the model keeps to the time-out, which is sent with the request for that reason.
+Triton notices a closed connection only when it next writes to it. So a stream is cancelled at the request's next
+step, but a single answer is made to the end unless the model keeps to the time-out, which is sent for that reason.
 """
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -102,7 +101,7 @@ def _error(status: int, headers: Any, body: bytes, request: WireRequest) -> Diff
     except (ValueError, KeyError, TypeError):
         message = text or f"the server answered HTTP {status} {http.client.responses.get(status, '')} without a word"
     if status == http.client.BAD_REQUEST and "cancelled" in message:
-        # Triton before 25.01 has no 499.
+        # Not every version of Triton has an HTTP status of its own for a cancel.
         return error_from_message(message, InvalidRequestError, request.request_id)
     return error_from_status(str(status), message, request.request_id)
 
@@ -136,7 +135,10 @@ class EventDecoder:
             return []
         *lines, rest = b"".join(self._pieces).split(b"\n")
         self._pieces = [rest]
-        return [json.loads(line[len(b"data:") :]) for line in lines if line.startswith(b"data:")]
+        try:
+            return [json.loads(line[len(b"data:") :]) for line in lines if line.startswith(b"data:")]
+        except ValueError as error:
+            raise ServerError(f"an event of the stream is not JSON ({error})") from error
 
     def decode_outputs(self, piece: bytes) -> Iterator[Outputs]:
         """The responses that are complete with this piece; raises the error among them."""
@@ -163,21 +165,18 @@ def _ssl_context(connection: Connection) -> ssl.SSLContext | None:
 
 
 class _Exchange:
-    """One request on a connection of its own, so that threads share nothing and closing it concerns no other request."""
+    """One request on a connection of its own: threads share nothing, and closing it concerns no other request."""
 
-    def __init__(
-        self, connection: Connection, context: ssl.SSLContext | None, timeout_s: float | None
-    ) -> None:
+    def __init__(self, connection: Connection, context: ssl.SSLContext | None, timeout_s: float | None) -> None:
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         url = urlsplit(f"//{connection.address}")
         assert url.hostname is not None
         self._base_path = url.path
         self._headers = dict(connection.headers)
         self._http: http.client.HTTPConnection
+        self._response: http.client.HTTPResponse | None = None
         if context is not None:
-            self._http = http.client.HTTPSConnection(
-                url.hostname, url.port, timeout=timeout_s, context=context
-            )
+            self._http = http.client.HTTPSConnection(url.hostname, url.port, timeout=timeout_s, context=context)
         else:
             self._http = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout_s)
 
@@ -187,11 +186,12 @@ class _Exchange:
         self._socket = self._http.sock
         self._limit_wait()
         self._http.request(method, self._base_path + path, body, {**self._headers, **headers})
-        self._response = self._http.getresponse()
-        self.status, self.headers = self._response.status, self._response.headers
+        self._response = response = self._http.getresponse()
+        self.status, self.headers = response.status, response.headers
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it arrives."""
+        assert self._response is not None
         self._limit_wait()
         while piece := self._response.read1(_READ_SIZE_BYTES):
             yield piece
@@ -207,7 +207,7 @@ class _Exchange:
 
     def close(self) -> None:
         """Close the connection, whatever is under way on it."""
-        if hasattr(self, "_response"):
+        if self._response is not None:
             self._response.close()
         self._http.close()
 
@@ -225,17 +225,17 @@ class HttpTransport:
         exchange = _Exchange(self._connection, self._context, request.timeout_s)
         try:
             exchange.send("POST", post.path, post.headers, post.body)
-            return read_infer_response(
-                exchange.status, exchange.headers, b"".join(exchange.pieces()), request
-            )
+            return read_infer_response(exchange.status, exchange.headers, b"".join(exchange.pieces()), request)
         except (OSError, http.client.HTTPException) as error:
             raise self._to_client_error(error, request) from None
         finally:
             exchange.close()
 
-    def stream(self, request: WireRequest) -> Iterator[Outputs]:
+    def stream(self, request: WireRequest) -> Generator[Outputs, None, None]:
         """Send a request and yield its responses; closing the iterator closes the connection."""
-        post = to_stream_request(request)
+        return self._receive(to_stream_request(request), request)
+
+    def _receive(self, post: HttpRequest, request: WireRequest) -> Generator[Outputs, None, None]:
         exchange = _Exchange(self._connection, self._context, request.timeout_s)
         decoder = EventDecoder(request)
         try:
@@ -254,7 +254,7 @@ class HttpTransport:
     ) -> DiffusionClientError:
         if isinstance(error, TimeoutError) and request.timeout_s is not None:
             return _timed_out(request)
-        return self._connection.unreachable(error or type(error).__name__, request.request_id)
+        return self._connection.unreachable(error, request.request_id)
 
     def is_ready(self, model: str, timeout_s: float) -> bool:
         """Whether the server and the model are ready. Raises ServerUnavailableError if the server does not say."""
@@ -266,7 +266,7 @@ class HttpTransport:
             exchange.send("GET", path, {})
             return exchange.status == http.client.OK
         except (OSError, http.client.HTTPException) as error:
-            raise self._connection.unreachable(error or type(error).__name__) from None
+            raise self._connection.unreachable(error) from None
         finally:
             exchange.close()
 
@@ -295,20 +295,23 @@ class AsyncHttpTransport:
         try:
             async with self._post(to_infer_request(request), request) as response:
                 return read_infer_response(response.status, response.headers, await response.read(), request)
-        except (OSError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except (OSError, aiohttp.ClientError) as error:
             raise self._to_client_error(error, request) from None
 
-    async def stream(self, request: WireRequest) -> AsyncIterator[Outputs]:
+    def stream(self, request: WireRequest) -> AsyncGenerator[Outputs, None]:
         """Send a request and yield its responses; closing the iterator or cancelling the task closes the connection."""
+        return self._receive(to_stream_request(request), request)
+
+    async def _receive(self, post: HttpRequest, request: WireRequest) -> AsyncGenerator[Outputs, None]:
         decoder = EventDecoder(request)
         try:
-            async with self._post(to_stream_request(request), request) as response:
+            async with self._post(post, request) as response:
                 if response.status != http.client.OK:
                     raise _error(response.status, response.headers, await response.read(), request)
                 async for piece in response.content.iter_any():
                     for outputs in decoder.decode_outputs(piece):
                         yield outputs
-        except (OSError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except (OSError, aiohttp.ClientError) as error:
             raise self._to_client_error(error, request) from None
 
     def _post(self, post: HttpRequest, request: WireRequest) -> Any:
@@ -320,9 +323,9 @@ class AsyncHttpTransport:
         )
 
     def _to_client_error(self, error: Exception, request: WireRequest) -> DiffusionClientError:
-        if isinstance(error, asyncio.TimeoutError) and request.timeout_s is not None:
+        if isinstance(error, TimeoutError) and request.timeout_s is not None:
             return _timed_out(request)
-        return self._connection.unreachable(error or type(error).__name__, request.request_id)
+        return self._connection.unreachable(error, request.request_id)
 
     async def is_ready(self, model: str, timeout_s: float) -> bool:
         """Whether the server and the model are ready. Raises ServerUnavailableError if the server does not say."""
@@ -332,8 +335,8 @@ class AsyncHttpTransport:
                 async with self._session.get(self._base_url + path, timeout=timeout) as response:
                     if response.status != http.client.OK:
                         return False
-        except (OSError, aiohttp.ClientError, asyncio.TimeoutError) as error:
-            raise self._connection.unreachable(error or type(error).__name__) from None
+        except (OSError, aiohttp.ClientError) as error:
+            raise self._connection.unreachable(error) from None
         return True
 
     async def close(self) -> None:

@@ -1,7 +1,7 @@
 """What goes over the wire, whatever carries it: arguments to tensors, and tensors to results.
 
-The model `diffusion` answers once; `diffusion_stream` sends progress first. An argument that is not set is not sent: the
-server knows the defaults of its checkpoint.
+The model `diffusion` answers once; `diffusion_stream` sends progress first. An argument that is not set is not sent:
+the server knows the defaults of its checkpoint.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ _TENSORS = {
     "preview_interval": ("preview_interval", "INT32"),
 }
 _INTEGER_BITS = {"INT32": 32, "INT64": 64}
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,9 @@ class WireRequest:
 
     def tensors(self, output_format: str) -> Iterator[tuple[str, str, NDArray[Any]]]:
         """Name, Triton data type and content (shape [1]) of each input tensor."""
-        datatypes = dict(_TENSORS.values()) | {"prompt": "BYTES"}
+        datatypes = {**dict(_TENSORS.values()), "prompt": "BYTES", "output_format": "BYTES"}
         for name, value in {**self.values, "output_format": output_format}.items():
-            yield name, datatypes.get(name, "BYTES"), _to_array(value, datatypes.get(name, "BYTES"))
+            yield name, datatypes[name], _to_array(value, datatypes[name])
 
 
 def build_request(
@@ -167,10 +168,12 @@ def _to_wire(option: str, value: object, datatype: str) -> str | int | float:
 
 def _to_float32(option: str, value: object) -> float:
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{option} is {_describe(value)}; expected a number") from None
-    if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
+    if not math.isfinite(number) or abs(number) > _LARGEST_FLOAT32:
         raise ValueError(f"{option}={number} is not a finite 32-bit float; give a smaller number")
     return number
 
@@ -192,28 +195,9 @@ class Outputs(Protocol):
         """The output tensor, or None if the response has none of that name."""
 
 
-def read_events(outputs: Outputs, request: WireRequest) -> list[Event]:
-    """What one response says: [Progress], [Progress, Preview], [GenerationResult], or nothing for an empty response.
-
-    Raises ServerError for a response that is not of our protocol.
-    """
-    try:
-        if (progress := _read_json(outputs, "progress")) is not None:
-            return _read_progress(progress, outputs)
-        if (timings := _read_json(outputs, "timings")) is not None:
-            return [_read_result(timings, outputs, request)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ServerError(
-            f"the answer of {request.model!r} is not one of triton-diffusion ({type(error).__name__}: {error}); "
-            "client and server may be of different versions",
-            request_id=request.request_id,
-        ) from error
-    return []
-
-
 def read_result(outputs: Outputs, request: WireRequest) -> GenerationResult:
-    """The result in a response that must hold one. Raises ServerError if it does not."""
-    for event in read_events(outputs, request):
+    """The result in the one response of a request. Raises ServerError if there is none."""
+    for event in EventReader(request).read(outputs):
         if isinstance(event, GenerationResult):
             return event
     raise missing_result(request)
@@ -227,23 +211,54 @@ def missing_result(request: WireRequest) -> ServerError:
     )
 
 
-def _read_progress(progress: dict[str, Any], outputs: Outputs) -> list[Event]:
-    remaining_s = progress.get("remaining_s")
-    step, total = int(progress["step"]), int(progress["total"])
-    events: list[Event] = [
-        Progress(
-            stage=str(progress["stage"]),
-            step=step,
-            total=total,
-            elapsed_s=float(progress["elapsed_s"]),
+class EventReader:
+    """Makes events of a request's responses.
+
+    A preview takes time to decode: it comes with the progress it belongs to, perhaps when later progress has been sent
+    already. Progress that does not go forward is not told again.
+    """
+
+    def __init__(self, request: WireRequest) -> None:
+        self._request = request
+        self._stage = ""
+        self._step = -1
+
+    def read(self, outputs: Outputs) -> list[Event]:
+        """What one response says: [Progress], [Progress, Preview], [Preview], [GenerationResult], or nothing.
+
+        Raises ServerError for a response that is not of our protocol.
+        """
+        try:
+            if (progress := _read_json(outputs, "progress")) is not None:
+                return self._read_progress(progress, outputs)
+            if (timings := _read_json(outputs, "timings")) is not None:
+                return [_read_result(timings, outputs, self._request)]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ServerError(
+                f"the answer of {self._request.model!r} is not one of triton-diffusion "
+                f"({type(error).__name__}: {error}); client and server may be of different versions",
+                request_id=self._request.request_id,
+            ) from error
+        return []
+
+    def _read_progress(self, content: dict[str, Any], outputs: Outputs) -> list[Event]:
+        remaining_s = content.get("remaining_s")
+        progress = Progress(
+            stage=str(content["stage"]),
+            step=int(content["step"]),
+            total=int(content["total"]),
+            elapsed_s=float(content["elapsed_s"]),
             remaining_s=None if remaining_s is None else float(remaining_s),
         )
-    ]
-    previews = outputs.as_numpy("preview_image")
-    if previews is not None:
-        pictures = tuple(_read_file(preview) for preview in previews.reshape(-1))
-        events.append(Preview(step=step, total=total, data=pictures))
-    return events
+        events: list[Event] = []
+        if progress.stage != self._stage or progress.step > self._step:
+            self._stage, self._step = progress.stage, progress.step
+            events.append(progress)
+        previews = outputs.as_numpy("preview_image")
+        if previews is not None:
+            data = tuple(_read_file(preview) for preview in previews.reshape(-1))
+            events.append(Preview(step=progress.step, total=progress.total, data=data))
+        return events
 
 
 def _read_result(timings: dict[str, Any], outputs: Outputs, request: WireRequest) -> GenerationResult:
@@ -266,9 +281,7 @@ def _read_images(outputs: Outputs, output_format: str) -> Iterator[GeneratedImag
     if pixels is not None:
         height, width, channels = pixels.shape[1:]
         for seed, picture in zip(seeds, pixels, strict=True):
-            yield GeneratedImage(
-                seed=int(seed), format="raw", data=picture.tobytes(), shape=(height, width, channels)
-            )
+            yield GeneratedImage(seed=int(seed), format="raw", data=picture.tobytes(), shape=(height, width, channels))
         return
     files = _require(outputs, "generated_image").reshape(-1)
     for seed, file in zip(seeds, files, strict=True):

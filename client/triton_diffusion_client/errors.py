@@ -22,7 +22,7 @@ class DiffusionClientError(Exception):
         super().__init__(message)
         self.message = message
         self.status = status
-        """The gRPC status ("INVALID_ARGUMENT") or HTTP status ("400") that came with the message; None: there was none."""
+        """The gRPC status ("INVALID_ARGUMENT") or HTTP status ("400") that came with the message, if one did."""
         self.request_id = request_id
         """The id under which the server's log knows the request."""
 

@@ -103,14 +103,15 @@ def train_autoencoder(settings: AutoencoderSettings, state_path: Path, *, snapsh
     averaged = AveragedWeights(model, decay=0.998)
     progress = SavedProgress(state_path, model, averaged, optimizers)
     done = progress.load(vars(settings))
-    pictures = draw_pictures(scenes.random_scenes(settings.pictures, settings.seed, held_out=False), settings.seed)
+    drawn = scenes.random_scenes(settings.pictures, settings.seed, held_out=False)
     if done < settings.steps and not snapshot:
+        pictures = draw_pictures(drawn, settings.seed)
         for step in _steps(model, optimizers, pictures, settings, done):
             averaged.update(step)
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == settings.steps:
                 progress.save(step + 1, vars(settings))
     averaged.copy_to_model()
-    normalise_latents(model, pictures[:_NORMALISATION_PICTURES])
+    normalise_latents(model, draw_pictures(drawn[:_NORMALISATION_PICTURES], settings.seed))
     return model.eval()
 
 
@@ -163,7 +164,7 @@ def _loss(
 
 
 @torch.no_grad()
-def encode_pictures(model: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
+def encode_pictures(model: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
     """Return the latents' means (N, 16, 16, 16), not scaled, of uint8 pictures (N, 3, 128, 128)."""
     latents = []
     for batch in tqdm(pictures.split(batch_size), desc="latents", mininterval=5):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRate:
-    """A linear warm-up, then half a cosine down to a tenth of a percent."""
+    """A short warm-up, a long stretch at the peak, and a straight way down over the last part."""
 
     peak: float
     """The highest learning rate."""
@@ -22,13 +21,14 @@ class LearningRate:
     """Steps until it is reached."""
     total_steps: int
     """Steps of the whole training."""
+    decay_share: float = 0.4
+    """Which part of all steps the way down takes."""
 
     def at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.peak * max(0.001, 0.5 * (1 + math.cos(math.pi * done)))
+        rising = (step + 1) / self.warmup_steps
+        falling = (self.total_steps - step) / (self.decay_share * self.total_steps)
+        return self.peak * min(1.0, rising, falling)
 
 
 class AveragedWeights:

@@ -28,6 +28,9 @@ class TritonPythonModel:
     def execute(self, requests):
         {execute}
         return [pb_utils.InferenceResponse([pb_utils.get_input_tensor_by_name(r, "x")]) for r in requests]
+
+    def finalize(self):
+        {finalize}
 """
 
 WriteModel = Callable[..., Path]
@@ -36,13 +39,13 @@ Leftovers = Callable[[int, int], list[str]]
 
 @pytest.fixture
 def write_model(tmp_path: Path) -> WriteModel:
-    """Write a repository with the model "identity"; statements may be added to its initialize and execute."""
+    """Write a repository with the model "identity"; statements may be added to its methods."""
 
-    def write(initialize: str = "pass", execute: str = "pass") -> Path:
+    def write(initialize: str = "pass", execute: str = "pass", finalize: str = "pass") -> Path:
         folder = tmp_path / "models" / "identity"
         (folder / "1").mkdir(parents=True, exist_ok=True)
         (folder / "config.pbtxt").write_text(CONFIG)
-        (folder / "1" / "model.py").write_text(MODEL.format(initialize=initialize, execute=execute))
+        (folder / "1" / "model.py").write_text(MODEL.format(initialize=initialize, execute=execute, finalize=finalize))
         return folder.parent
 
     return write

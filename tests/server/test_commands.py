@@ -43,7 +43,7 @@ def serve(*arguments: str) -> int:
 def build(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
     commands.add_build_repository_arguments(parser)
-    return commands.build_repository(parser.parse_args(list(arguments)))
+    return commands.build_repository(parser.parse_args(["--output", *arguments]))
 
 
 def test_flags_become_parameters_of_a_temporary_repository(starts, capsys) -> None:

@@ -43,9 +43,7 @@ def test_the_chains_take_every_input_of_a_request(model) -> None:
 
 def test_only_the_stream_is_decoupled() -> None:
     decoupled = {
-        model
-        for model in STAGES | CHAINS
-        if read(find_model_repository() / model).model_transaction_policy.decoupled
+        model for model in STAGES | CHAINS if read(find_model_repository() / model).model_transaction_policy.decoupled
     }
     assert decoupled == {"diffusion_stream"}
 
@@ -60,9 +58,7 @@ def test_without_settings_the_copy_says_what_the_original_says(tmp_path) -> None
 
 
 def test_a_setting_reaches_every_model_that_has_it(tmp_path) -> None:
-    build_repository(
-        tmp_path, {"model_path": "/checkpoints/flux", "max_batch_size": "3", "max_pixels": "65536"}
-    )
+    build_repository(tmp_path, {"model_path": "/checkpoints/flux", "max_batch_size": "3", "max_pixels": "65536"})
     assert {parameters(tmp_path / model)["model_path"] for model in STAGES | CHAINS} == {"/checkpoints/flux"}
     assert {parameters(tmp_path / model)["max_batch_size"] for model in STAGES} == {"3"}
     assert {parameters(tmp_path / model)["max_pixels"] for model in CHAINS} == {"65536"}

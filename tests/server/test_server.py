@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from triton_diffusion.server import StartProgress, TritonServer, choose_ports
 
 pytestmark = pytest.mark.end_to_end
 
+# The models below are complete; without completion of their configuration a start takes half as long.
+FAST = ("--disable-auto-complete-config",)
 LAUNCHER = Path(__file__).resolve().parents[2] / "scripts" / "launch_triton_server.py"
 
 
@@ -32,11 +37,9 @@ def infer(address: str, value: bytes) -> bytes:
         return client.infer("identity", [tensor]).as_numpy("x").tobytes()
 
 
-def test_a_server_starts_serves_and_leaves_nothing_behind(
-    tmp_path, temporary_folder, write_model, leftovers
-) -> None:
+def test_a_server_starts_serves_and_leaves_nothing_behind(tmp_path, temporary_folder, write_model, leftovers) -> None:
     seen: list[StartProgress] = []
-    with TritonServer(write_model("time.sleep(0.3)"), log_file=tmp_path / "log") as server:
+    with TritonServer(write_model("time.sleep(0.3)"), log_file=tmp_path / "log", extra_arguments=FAST) as server:
         assert not server.is_ready()
         server.wait_until_ready(timeout_s=60, on_progress=seen.append)
         assert infer(server.http_address, b"abc") == b"abc"
@@ -50,7 +53,7 @@ def test_a_server_starts_serves_and_leaves_nothing_behind(
 
 
 def test_it_listens_on_loopback_only(tmp_path, write_model) -> None:
-    with TritonServer(write_model(), log_file=tmp_path / "log") as server:
+    with TritonServer(write_model(), log_file=tmp_path / "log", extra_arguments=FAST) as server:
         server.wait_until_ready(timeout_s=60)
         ports = {server.http_port, server.grpc_port, server.metrics_port}
         listening = {(address, port) for address, port in _listening_sockets() if port in ports}
@@ -73,7 +76,7 @@ def _listening_sockets() -> list[tuple[str, int]]:
 
 def test_a_model_that_fails_to_load_is_named_with_its_reason(tmp_path, write_model, leftovers) -> None:
     model_repository = write_model("raise RuntimeError('the checkpoint is broken')")
-    server = TritonServer(model_repository, log_file=tmp_path / "log")
+    server = TritonServer(model_repository, log_file=tmp_path / "log", extra_arguments=FAST)
     with (
         server,
         pytest.raises(ConfigurationError, match=r"identity: RuntimeError: the checkpoint is broken$"),
@@ -89,24 +92,32 @@ def test_a_wrong_argument_is_reported_without_the_help_that_the_server_prints(tm
 
 
 def test_a_slow_start_is_given_up_at_the_timeout(tmp_path, write_model, leftovers) -> None:
-    server = TritonServer(write_model("time.sleep(60)"), log_file=tmp_path / "log")
+    server = TritonServer(write_model("time.sleep(60)"), log_file=tmp_path / "log", extra_arguments=FAST)
     with server, pytest.raises(ConfigurationError, match=r"not ready within 1 s; loaded so far: no model"):
         server.wait_until_ready(timeout_s=1)
     assert leftovers(server.pid, os.getpid()) == []
 
 
-def test_a_server_that_is_killed_takes_its_models_and_memory_with_it(
-    tmp_path, write_model, leftovers
-) -> None:
-    with TritonServer(write_model(), log_file=tmp_path / "log") as server:
+def test_a_server_that_is_killed_takes_its_models_and_memory_with_it(tmp_path, write_model, leftovers) -> None:
+    with TritonServer(write_model(), log_file=tmp_path / "log", extra_arguments=FAST) as server:
         server.wait_until_ready(timeout_s=60)
         os.kill(server.pid, signal.SIGKILL)
         assert server.wait(timeout_s=15) == -signal.SIGKILL
         assert leftovers(server.pid, os.getpid()) == []
 
 
+def test_a_process_that_a_model_forgot_ends_with_the_server(tmp_path, write_model, leftovers) -> None:
+    model_repository = write_model("import subprocess; subprocess.Popen(['sleep', '300'])")
+    with TritonServer(model_repository, log_file=tmp_path / "log", extra_arguments=FAST) as server:
+        server.wait_until_ready(timeout_s=60)
+    assert server.wait() == 0
+    assert leftovers(server.pid, os.getpid()) == []
+
+
 def test_stop_kills_after_the_grace_period(tmp_path, write_model, leftovers) -> None:
-    with TritonServer(write_model(execute="time.sleep(120)"), log_file=tmp_path / "log") as server:
+    with TritonServer(
+        write_model(execute="time.sleep(120)"), log_file=tmp_path / "log", extra_arguments=FAST
+    ) as server:
         server.wait_until_ready(timeout_s=60)
         caller = threading.Thread(target=_ignoring_errors, args=(server.http_address,))
         caller.start()
@@ -125,21 +136,6 @@ def _ignoring_errors(address: str) -> None:
         return
 
 
-def test_the_end_of_the_starting_thread_does_not_end_the_server(tmp_path, write_model) -> None:
-    """PR_SET_PDEATHSIG fires at the end of the forking thread, which may be long before the process's."""
-    server = TritonServer(write_model(), log_file=tmp_path / "log")
-    starter = threading.Thread(target=server.start)
-    starter.start()
-    starter.join()
-    try:
-        server.wait_until_ready(timeout_s=60)
-        time.sleep(0.3)
-        assert server.is_running()
-    finally:
-        server.kill()
-        server.stop()
-
-
 def test_a_port_that_was_taken_meanwhile_is_chosen_anew(tmp_path, write_model, monkeypatch) -> None:
     choices: list[tuple[int, int, int]] = []
 
@@ -149,13 +145,43 @@ def test_a_port_that_was_taken_meanwhile_is_chosen_anew(tmp_path, write_model, m
         return choices[-1]
 
     monkeypatch.setattr(server_module, "choose_ports", choose)
-    with socket.create_server(("127.0.0.1", 0)) as blocker:
-        blocked = blocker.getsockname()[1]
-        with TritonServer(write_model(), log_file=tmp_path / "log") as server:
-            server.wait_until_ready(timeout_s=60)
-            assert infer(server.http_address, b"abc") == b"abc"
-            assert len(choices) == 2
-            server.kill()
+    with (
+        other_server() as blocked,
+        TritonServer(write_model(), log_file=tmp_path / "log", extra_arguments=FAST) as server,
+    ):
+        server.wait_until_ready(timeout_s=60)
+        assert infer(server.http_address, b"abc") == b"abc"
+        assert len(choices) == 2
+        server.kill()
+
+
+@contextlib.contextmanager
+def other_server() -> Iterator[int]:
+    """The port of a server that says it is ready, as another Triton would."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"name": "triton"}')
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_a_stop_before_the_start_is_not_forgotten(tmp_path, write_model) -> None:
+    """A signal may come between the installation of its handler and the start of the process."""
+    server = TritonServer(write_model(), log_file=tmp_path / "log", extra_arguments=FAST)
+    server.terminate()
+    with server, pytest.raises(ConfigurationError, match="was stopped before it was ready"):
+        server.wait_until_ready(timeout_s=60)
+    assert server.wait() == -signal.SIGKILL
 
 
 def test_a_given_port_in_use_is_refused_before_the_start(write_model) -> None:
@@ -184,8 +210,8 @@ def test_an_executable_that_does_not_exist_is_refused(write_model) -> None:
         TritonServer(write_model(), executable="/no/such/server")
 
 
-def launch(model_repository: Path, ports: tuple[int, int, int]) -> subprocess.Popen[str]:
-    http_port, grpc_port, metrics_port = ports
+def launch(model_repository: Path, *more: str) -> subprocess.Popen[str]:
+    http_port, grpc_port, metrics_port = choose_ports("127.0.0.1", None, None, None)
     flags = {
         "--model-repository": model_repository,
         "--port": http_port,
@@ -194,19 +220,22 @@ def launch(model_repository: Path, ports: tuple[int, int, int]) -> subprocess.Po
         "--log-file": model_repository.parent / "log",
     }
     arguments = [str(item) for pair in flags.items() for item in pair]
-    return subprocess.Popen([sys.executable, str(LAUNCHER), *arguments], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(LAUNCHER), *arguments, *more, "--", *FAST], stdout=subprocess.PIPE, text=True
+    )
 
 
 def server_pid_of(launcher: subprocess.Popen[str]) -> int:
+    """The launcher's child that runs tritonserver; the other one is its guard."""
     children = Path(f"/proc/{launcher.pid}/task").glob("*/children")
-    return next(int(pid) for file in children for pid in file.read_text().split())
+    pids = [pid for file in children for pid in file.read_text().split()]
+    return next(int(pid) for pid in pids if b"--model-repository" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 @pytest.fixture
-def launched(write_model, eventually):
+def launched(write_model):
     """The launcher's process and the server's pid, when the server is ready."""
-    ports = choose_ports("127.0.0.1", None, None, None)
-    launcher = launch(write_model(), ports)
+    launcher = launch(write_model())
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == "ready\n"
     yield launcher, server_pid_of(launcher)
@@ -227,11 +256,26 @@ def test_the_launcher_forwards_signals_and_returns_the_exit_code(
     assert list(temporary_folder.iterdir()) == []
 
 
-def test_a_killed_launcher_leaves_no_process_and_no_memory(launched, leftovers, eventually) -> None:
+def test_a_killed_launcher_leaves_nothing(launched, leftovers, eventually, temporary_folder) -> None:
     launcher, server_pid = launched
     assert leftovers(server_pid, launcher.pid)
     launcher.kill()
     eventually(lambda: leftovers(server_pid, launcher.pid) == [])
+    eventually(lambda: list(temporary_folder.iterdir()) == [])
+
+
+def test_a_killed_owner_leaves_nothing_even_if_the_server_hangs_on_its_way_out(
+    tmp_path, write_model, leftovers, eventually
+) -> None:
+    """With PR_SET_PDEATHSIG alone, a server whose model did not end outlived its owner by minutes."""
+    owner = launch(write_model(finalize="time.sleep(100)"), "--exit-timeout-s", "1")
+    assert owner.stdout is not None
+    with owner.stdout:
+        assert owner.stdout.readline() == "ready\n"
+        server_pid = server_pid_of(owner)
+        owner.kill()
+        owner.wait()
+    eventually(lambda: leftovers(server_pid, owner.pid) == [])
 
 
 def test_a_server_that_dies_ends_the_launcher_with_its_signal(launched, leftovers) -> None:
@@ -242,7 +286,7 @@ def test_a_server_that_dies_ends_the_launcher_with_its_signal(launched, leftover
 
 
 def test_a_signal_during_the_start_ends_it_at_once(write_model, tmp_path, leftovers, eventually) -> None:
-    launcher = launch(write_model("time.sleep(60)"), choose_ports("127.0.0.1", None, None, None))
+    launcher = launch(write_model("time.sleep(60)"))
     log = tmp_path / "log"
     eventually(lambda: log.exists() and "TRITONBACKEND_ModelInstanceInitialize" in log.read_text())
     server_pid = server_pid_of(launcher)

@@ -1,0 +1,45 @@
+"""Clients for triton-diffusion, and the command line `triton-diffusion`.
+
+Needs neither torch nor a GPU.
+"""
+
+from triton_diffusion_client._protocol import GenerationOptions, StreamOptions
+from triton_diffusion_client.async_client import AsyncDiffusionClient
+from triton_diffusion_client.client import DiffusionClient
+from triton_diffusion_client.errors import (
+    DiffusionClientError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RequestCancelledError,
+    RequestTimeoutError,
+    ServerError,
+    ServerUnavailableError,
+)
+from triton_diffusion_client.results import (
+    Event,
+    GeneratedImage,
+    GenerationResult,
+    Preview,
+    Progress,
+    Timings,
+)
+
+__all__ = [
+    "AsyncDiffusionClient",
+    "DiffusionClient",
+    "DiffusionClientError",
+    "Event",
+    "GeneratedImage",
+    "GenerationOptions",
+    "GenerationResult",
+    "InvalidRequestError",
+    "ModelNotFoundError",
+    "Preview",
+    "Progress",
+    "RequestCancelledError",
+    "RequestTimeoutError",
+    "ServerError",
+    "ServerUnavailableError",
+    "StreamOptions",
+    "Timings",
+]

@@ -1,0 +1,88 @@
+"""What DiffusionClient and AsyncDiffusionClient have in common: where to send, and what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from triton_diffusion_client._connection import open_connection
+from triton_diffusion_client._protocol import (
+    GenerationOptions,
+    StreamOptions,
+    TransportName,
+    WireRequest,
+    build_request,
+    check_timeout,
+)
+from triton_diffusion_client.errors import (
+    DiffusionClientError,
+    ModelNotFoundError,
+    RequestTimeoutError,
+    ServerUnavailableError,
+)
+
+READINESS_POLL_S = 0.25
+READINESS_TIMEOUT_S = 5.0
+
+# What a server says, or does not say, before it is ready.
+NOT_READY_ERRORS = (ServerUnavailableError, ModelNotFoundError, RequestTimeoutError)
+
+
+class BaseClient:
+    """The arguments of a client (DiffusionClient says what they mean), checked once. Nothing is sent yet."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        protocol: TransportName = "grpc",
+        *,
+        model: str = "diffusion",
+        stream_model: str = "diffusion_stream",
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        ssl: bool = False,
+        root_certificates: str | Path | None = None,
+        private_key: str | Path | None = None,
+        certificate_chain: str | Path | None = None,
+    ) -> None:
+        self._connection = open_connection(
+            url=url,
+            protocol=protocol,
+            headers=headers,
+            ssl=ssl,
+            root_certificates=root_certificates,
+            private_key=private_key,
+            certificate_chain=certificate_chain,
+        )
+        self._model = model
+        self._stream_model = stream_model
+        self._timeout_s = check_timeout(timeout_s)
+        self._closed = False
+        self._prepare_transport()
+
+    def _prepare_transport(self) -> None:
+        """For a client that can open its transport before the first request."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._connection.address!r}, {self._connection.protocol!r})"
+
+    def _build_request(self, prompt: str, options: Mapping[str, Any]) -> WireRequest:
+        self._require_open()
+        return build_request(self._model, prompt, options, allowed=GenerationOptions, default_timeout_s=self._timeout_s)
+
+    def _build_stream_request(self, prompt: str, options: Mapping[str, Any]) -> WireRequest:
+        self._require_open()
+        return build_request(
+            self._stream_model, prompt, options, allowed=StreamOptions, default_timeout_s=self._timeout_s
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this client is closed; make a new one")
+
+    def _never_ready(self, timeout_s: float, reason: DiffusionClientError | None) -> ServerUnavailableError:
+        return ServerUnavailableError(
+            f"model {self._model!r} at {self._connection.address} was not ready within {timeout_s:g} s"
+            + (f": {reason}" if reason else "; the server's log says what it is waiting for")
+        )

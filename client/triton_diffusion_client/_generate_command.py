@@ -1,0 +1,211 @@
+"""`triton-diffusion generate`: all prompts at once, a progress bar each."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NoReturn, TextIO, cast
+
+from tqdm import tqdm
+
+from triton_diffusion_client._output_files import OutputFiles, plan_output
+from triton_diffusion_client._protocol import GenerationOptions
+from triton_diffusion_client.async_client import AsyncDiffusionClient
+from triton_diffusion_client.errors import (
+    DiffusionClientError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RequestTimeoutError,
+)
+from triton_diffusion_client.results import GeneratedImage, GenerationResult, Preview, Progress
+
+if TYPE_CHECKING:
+    ProgressBar = tqdm[NoReturn]
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+EXIT_INTERRUPTED = 130
+
+_OPTIONS = (
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "embedded_guidance_scale",
+    "seed",
+    "num_images_per_prompt",
+    "max_sequence_length",
+    "output_quality",
+)
+_BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt}{postfix}"
+_MAX_BAR_LABEL_LENGTH = 32
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    try:
+        num_pictures = len(args.prompt) * (args.num_images_per_prompt or 1)
+        files = plan_output(args.output, args.output_format, num_pictures)
+        if args.protocol == "http" and files.output_format != "png" and not args.no_stream:
+            raise ValueError("HTTP streams PNG only; add --no-stream, or use --protocol grpc")
+        return asyncio.run(_generate_all(args, files))
+    except (ValueError, TypeError) as error:
+        print_error(str(error))
+        return EXIT_INVALID
+    except KeyboardInterrupt:
+        print_error("interrupted; the requests under way were cancelled")
+        return EXIT_INTERRUPTED
+
+
+async def _generate_all(args: argparse.Namespace, files: OutputFiles) -> int:
+    # The lines of the terminal that are free for a progress bar: as many as requests may run at a time.
+    positions: asyncio.Queue[int] = asyncio.Queue()
+    for position in range(args.concurrency):
+        positions.put_nowait(position)
+
+    async def run(prompt: str) -> int:
+        position = await positions.get()
+        try:
+            return await _generate_one(client, prompt, position, args, files)
+        finally:
+            positions.put_nowait(position)
+
+    async with AsyncDiffusionClient(
+        args.url,
+        args.protocol,
+        model=args.model,
+        stream_model=args.stream_model,
+        timeout_s=args.timeout_s,
+        headers=dict(args.header),
+        ssl=args.ssl,
+    ) as client:
+        codes = await asyncio.gather(*(run(prompt) for prompt in args.prompt))
+    return max(codes)
+
+
+async def _generate_one(
+    client: AsyncDiffusionClient, prompt: str, position: int, args: argparse.Namespace, files: OutputFiles
+) -> int:
+    label = prompt if len(prompt) <= _MAX_BAR_LABEL_LENGTH else f"{prompt[: _MAX_BAR_LABEL_LENGTH - 1]}…"
+    where = f"{label!r}: " if len(args.prompt) > 1 else ""
+    try:
+        if args.no_stream:
+            result = await client.generate(prompt, **_options(args, files))
+        else:
+            result = await _stream_one(client, prompt, label, position, args, files)
+        for image in result.outputs:
+            _report(image, result, prompt, args, files)
+    except ModelNotFoundError as error:
+        hint = "" if args.no_stream else f"; a server without {args.stream_model!r} may do with --no-stream"
+        print_error(f"{where}{error}{hint}")
+        return EXIT_FAILED
+    except InvalidRequestError as error:
+        print_error(f"{where}{error}")
+        return EXIT_INVALID
+    except RequestTimeoutError as error:
+        print_error(f"{where}{error}; allow more with --timeout-s")
+        return EXIT_FAILED
+    except (DiffusionClientError, OSError) as error:
+        print_error(f"{where}{error}")
+        return EXIT_FAILED
+    for warning in result.warnings:
+        _write(f"warning: {where}{warning}", sys.stderr)
+    return EXIT_OK
+
+
+async def _stream_one(
+    client: AsyncDiffusionClient,
+    prompt: str,
+    label: str,
+    position: int,
+    args: argparse.Namespace,
+    files: OutputFiles,
+) -> GenerationResult:
+    events = client.stream(prompt, preview_interval=args.preview_interval, **_options(args, files))
+    with _progress_bar(label, position, args.quiet) as bar:
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Progress):
+                    _show(bar, event)
+                elif isinstance(event, Preview):
+                    for data in event.data:
+                        path = files.save_preview(data, prompt, event.step)
+                        if not args.quiet:
+                            _write(f"preview {path}", sys.stderr)
+                else:
+                    return event
+    raise AssertionError("a stream ends with a result or an error")
+
+
+def _options(args: argparse.Namespace, files: OutputFiles) -> GenerationOptions:
+    options = {option: getattr(args, option) for option in _OPTIONS}
+    return cast(GenerationOptions, {**options, "output_format": files.output_format})
+
+
+@contextmanager
+def _progress_bar(label: str, position: int, quiet: bool) -> Iterator[ProgressBar]:
+    # Shown on a terminal only.
+    bar: ProgressBar = tqdm(
+        total=1,
+        desc=label,
+        position=position,
+        leave=False,
+        bar_format=_BAR_FORMAT,
+        dynamic_ncols=True,
+        disable=True if quiet else None,
+    )
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def _show(bar: ProgressBar, progress: Progress) -> None:
+    if bar.disable:
+        return
+    remaining = "" if progress.remaining_s is None else f", {progress.remaining_s:.1f} s left"
+    bar.total, bar.n = progress.total, progress.step
+    bar.set_postfix_str(f"{progress.stage}, {progress.elapsed_s:.1f} s{remaining}", refresh=True)
+
+
+def _report(
+    image: GeneratedImage,
+    result: GenerationResult,
+    prompt: str,
+    args: argparse.Namespace,
+    files: OutputFiles,
+) -> None:
+    path = files.save_picture(image.data, prompt, image.seed)
+    timings = result.timings
+    if args.json:
+        fields = {
+            "path": str(path),
+            "prompt": prompt,
+            "seed": image.seed,
+            "request_id": result.request_id,
+            "timings": asdict(timings),
+            "warnings": list(result.warnings),
+        }
+        _write(json.dumps(fields, ensure_ascii=False), sys.stdout)
+    elif args.quiet:
+        _write(str(path), sys.stdout)
+    else:
+        parts = {"queue": timings.queue_s, **timings.stages_s}
+        spent = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
+        _write(f"{path}  seed {image.seed}  {timings.total_s:.2f} s ({spent})", sys.stdout)
+
+
+def _write(line: str, file: TextIO) -> None:
+    tqdm.write(line, file=file)  # moves the bars out of the way
+
+
+def print_error(message: str) -> None:
+    """One line on stderr, however the message was laid out."""
+    _write(f"error: {' '.join(message.split())}", sys.stderr)

@@ -1,0 +1,129 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+
+from triton_diffusion_client._base import (
+    NOT_READY_ERRORS,
+    READINESS_POLL_S,
+    READINESS_TIMEOUT_S,
+    BaseClient,
+)
+from triton_diffusion_client._connection import Connection
+from triton_diffusion_client._protocol import (
+    EventReader,
+    GenerationOptions,
+    Outputs,
+    StreamOptions,
+    WireRequest,
+    missing_result,
+    read_result,
+)
+from triton_diffusion_client.errors import DiffusionClientError
+from triton_diffusion_client.results import Event, GenerationResult
+
+if TYPE_CHECKING:
+    from triton_diffusion_client._grpc import AsyncGrpcTransport
+    from triton_diffusion_client._http import AsyncHttpTransport
+
+
+class AsyncDiffusionClient(BaseClient):
+    """DiffusionClient for asyncio: the same arguments, methods and errors, and any number of tasks at the same time.
+
+        async with AsyncDiffusionClient() as client:
+            async for event in client.stream("a red circle"):
+                print(event)
+
+    Cancelling the task cancels the request on the server. A client belongs to the event loop of its first request.
+    """
+
+    _transport: AsyncGrpcTransport | AsyncHttpTransport | None = None
+
+    async def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
+        """Make pictures of `prompt` and wait for them; see DiffusionClient.generate."""
+        request = self._build_request(prompt, options)
+        return read_result(await self._open_transport().infer(request), request)
+
+    def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> AsyncGenerator[Event, None]:
+        """Make pictures of `prompt`; yields Progress and Preview while they are made, and GenerationResult at the end.
+
+        A loop that is left early cancels the request when the generator is collected; `contextlib.aclosing` does it at
+        once. See DiffusionClient.stream.
+        """
+        request = self._build_stream_request(prompt, options)
+        return self._read_stream(self._open_transport().stream(request), request)
+
+    async def _read_stream(
+        self, responses: AsyncGenerator[Outputs, None], request: WireRequest
+    ) -> AsyncGenerator[Event, None]:
+        reader = EventReader(request)
+        async with aclosing(responses):
+            async for outputs in responses:
+                for event in reader.read(outputs):
+                    yield event
+                    if isinstance(event, GenerationResult):
+                        return
+        raise missing_result(request)
+
+    async def is_ready(self) -> bool:
+        """Whether the server can be reached and has loaded the model."""
+        try:
+            return await self._ask_ready(READINESS_TIMEOUT_S)
+        except NOT_READY_ERRORS:
+            return False
+
+    async def wait_until_ready(self, timeout_s: float = 600.0) -> None:
+        """Return as soon as the server has loaded the model. Raises ServerUnavailableError after `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            reason: DiffusionClientError | None = None
+            try:
+                if await self._ask_ready(READINESS_TIMEOUT_S):
+                    return
+            except NOT_READY_ERRORS as error:
+                reason = error
+            if time.monotonic() + READINESS_POLL_S > deadline_s:
+                raise self._never_ready(timeout_s, reason)
+            await asyncio.sleep(READINESS_POLL_S)
+
+    async def _ask_ready(self, timeout_s: float) -> bool:
+        self._require_open()
+        return await self._open_transport().is_ready(self._model, timeout_s)
+
+    def _open_transport(self) -> AsyncGrpcTransport | AsyncHttpTransport:
+        """The transport, made at the first use: it belongs to the event loop that runs then."""
+        if self._transport is None:
+            self._transport = _make_transport(self._connection)
+        return self._transport
+
+    async def close(self) -> None:
+        """End what is under way and close the connection."""
+        self._closed = True
+        if self._transport is not None:
+            transport, self._transport = self._transport, None
+            await transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _make_transport(connection: Connection) -> AsyncGrpcTransport | AsyncHttpTransport:
+    # Each brings its own libraries: only the one that is used is imported.
+    if connection.protocol == "grpc":
+        from triton_diffusion_client._grpc import AsyncGrpcTransport
+
+        return AsyncGrpcTransport(connection)
+    from triton_diffusion_client._http import AsyncHttpTransport
+
+    return AsyncHttpTransport(connection)

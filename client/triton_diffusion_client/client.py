@@ -1,0 +1,131 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import closing
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+
+from triton_diffusion_client._base import (
+    NOT_READY_ERRORS,
+    READINESS_POLL_S,
+    READINESS_TIMEOUT_S,
+    BaseClient,
+)
+from triton_diffusion_client._connection import Connection
+from triton_diffusion_client._protocol import (
+    EventReader,
+    GenerationOptions,
+    Outputs,
+    StreamOptions,
+    WireRequest,
+    missing_result,
+    read_result,
+)
+from triton_diffusion_client.errors import DiffusionClientError
+from triton_diffusion_client.results import Event, GenerationResult
+
+if TYPE_CHECKING:
+    from triton_diffusion_client._grpc import GrpcTransport
+    from triton_diffusion_client._http import HttpTransport
+
+
+class DiffusionClient(BaseClient):
+    """Asks a Triton server for pictures. One client serves any number of threads at the same time.
+
+        with DiffusionClient("gpu-server:8001") as client:
+            client.generate("a red circle", seed=1).images[0].save("circle.png")
+
+    url: host:port of the server's gRPC port (default 127.0.0.1:8001) or HTTP port (default 127.0.0.1:8000).
+    protocol: "grpc", or "http" where only that gets through: HTTP streams carry PNG only, and Triton notices that an
+        HTTP client went away only when it next writes to it.
+    model, stream_model: the server's models for one answer, and for progress and previews first.
+    timeout_s: longest wait for a whole request, unless the request says otherwise; None: as long as it takes.
+    headers: sent with every request (gRPC: as metadata), for an authorization for example.
+    ssl, root_certificates, private_key, certificate_chain: as in tritonclient; the last three name PEM files.
+    """
+
+    def _prepare_transport(self) -> None:
+        self._transport = _open_transport(self._connection)
+
+    def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
+        """Make pictures of `prompt` and wait for them.
+
+        Ctrl-C and the time-out cancel the request on the server; over HTTP the server may notice only when it is done.
+        Raises DiffusionClientError; TypeError or ValueError for an argument that cannot be sent.
+        """
+        request = self._build_request(prompt, options)
+        return read_result(self._transport.infer(request), request)
+
+    def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Generator[Event, None, None]:
+        """Make pictures of `prompt`; yields Progress and Preview while they are made, and GenerationResult at the end.
+
+        The request is sent when the first event is asked for. Leaving the loop early, `close()`, Ctrl-C and the
+        time-out cancel it on the server. Raises as `generate` does.
+        """
+        request = self._build_stream_request(prompt, options)
+        return self._read_stream(self._transport.stream(request), request)
+
+    def _read_stream(
+        self, responses: Generator[Outputs, None, None], request: WireRequest
+    ) -> Generator[Event, None, None]:
+        reader = EventReader(request)
+        with closing(responses):
+            for outputs in responses:
+                for event in reader.read(outputs):
+                    yield event
+                    if isinstance(event, GenerationResult):
+                        return
+        raise missing_result(request)
+
+    def is_ready(self) -> bool:
+        """Whether the server can be reached and has loaded the model."""
+        try:
+            return self._ask_ready(READINESS_TIMEOUT_S)
+        except NOT_READY_ERRORS:
+            return False
+
+    def wait_until_ready(self, timeout_s: float = 600.0) -> None:
+        """Return as soon as the server has loaded the model. Raises ServerUnavailableError after `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            reason: DiffusionClientError | None = None
+            try:
+                if self._ask_ready(READINESS_TIMEOUT_S):
+                    return
+            except NOT_READY_ERRORS as error:
+                reason = error
+            if time.monotonic() + READINESS_POLL_S > deadline_s:
+                raise self._never_ready(timeout_s, reason)
+            time.sleep(READINESS_POLL_S)
+
+    def _ask_ready(self, timeout_s: float) -> bool:
+        self._require_open()
+        return self._transport.is_ready(self._model, timeout_s)
+
+    def close(self) -> None:
+        """End what is under way and close the connection."""
+        if not self._closed:
+            self._closed = True
+            self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_transport(connection: Connection) -> GrpcTransport | HttpTransport:
+    # Each brings its own libraries: only the one that is used is imported.
+    if connection.protocol == "grpc":
+        from triton_diffusion_client._grpc import GrpcTransport
+
+        return GrpcTransport(connection)
+    from triton_diffusion_client._http import HttpTransport
+
+    return HttpTransport(connection)

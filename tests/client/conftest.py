@@ -1,0 +1,448 @@
+"""A double of Triton that speaks its gRPC and HTTP protocols on loopback, and callers for every kind of client.
+
+The double answers as the real server was seen to answer; tests/end_to_end asks the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.server
+import io
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
+
+from triton_diffusion_client import AsyncDiffusionClient, DiffusionClient, Event, GenerationResult
+
+STEP_S = 0.05
+DTYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+ERRORS = {  # prompt: gRPC status, HTTP status, message
+    "invalid": ("INVALID_ARGUMENT", 400, "height=7 is not a multiple of 16; use 0 or 16"),
+    "too much": ("UNAVAILABLE", 503, "the queue is full; come back later"),
+    "crash": ("INTERNAL", 500, "the worker group died"),
+    "taken back": ("CANCELLED", 400, "cancelled in denoising after 3 steps"),
+    "late": ("DEADLINE_EXCEEDED", 504, "deadline_s=3 is over"),
+}
+
+
+class RequestFailedError(Exception):
+    """What a model answers instead of outputs; before_answer: no response was sent before it."""
+
+    def __init__(self, grpc_status: str, http_status: int, message: str, before_answer: bool = True) -> None:
+        super().__init__(message)
+        self.grpc_status, self.http_status, self.message = grpc_status, http_status, message
+        self.before_answer = before_answer
+
+
+@dataclass
+class ReceivedRequest:
+    model: str
+    id: str
+    inputs: dict[str, Any]
+    """By tensor name: (Triton data type, shape, value)."""
+    parameters: dict[str, Any]
+    headers: dict[str, str]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def value(self, name: str, default: Any = None) -> Any:
+        return self.inputs[name][2] if name in self.inputs else default
+
+
+class TritonDouble:
+    """The models `diffusion` and `diffusion_stream`; what a request gets is decided by its prompt."""
+
+    def __init__(self, private_key: Path | None = None, certificate: Path | None = None) -> None:
+        self.received: list[ReceivedRequest] = []
+        self.is_ready = True
+        self.http_connections: list[socket.socket] = []
+        self._grpc_server = grpc.server(ThreadPoolExecutor(32))
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_GrpcService(self), self._grpc_server)
+        if private_key is not None and certificate is not None:
+            credentials = grpc.ssl_server_credentials([(private_key.read_bytes(), certificate.read_bytes())])
+            grpc_port = self._grpc_server.add_secure_port("127.0.0.1:0", credentials)
+        else:
+            grpc_port = self._grpc_server.add_insecure_port("127.0.0.1:0")
+        self.grpc_url = f"127.0.0.1:{grpc_port}"
+        self._grpc_server.start()
+        self._http_server = _HttpServer(("127.0.0.1", 0), _HttpHandler)
+        self._http_server.double = self
+        if private_key is not None and certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, private_key)
+            self._http_server.socket = context.wrap_socket(self._http_server.socket, server_side=True)
+        self.http_url = f"127.0.0.1:{self._http_server.server_port}"
+        threading.Thread(target=self._http_server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def die(self) -> None:
+        """Cut every connection in the middle of what is under way."""
+        self._grpc_server.stop(None)
+        for connection in self.http_connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def stop(self) -> None:
+        self._grpc_server.stop(None).wait()
+        self._http_server.shutdown()
+        self._http_server.server_close()
+
+    def run(self, request: ReceivedRequest) -> Iterator[dict[str, np.ndarray]]:
+        """The responses of a model; a model that answers once gives the last."""
+        self.received.append(request)
+        if request.model not in ("diffusion", "diffusion_stream"):
+            message = f"Request for unknown model: '{request.model}' is not found"
+            raise RequestFailedError("NOT_FOUND", 404, message)
+        prompt = request.value("prompt")
+        if prompt in ERRORS:
+            raise RequestFailedError(*ERRORS[prompt])
+        steps = request.value("num_inference_steps", 3)
+        for step in range(1, steps + 1):
+            if request.cancelled.wait(STEP_S if prompt == "slow" else 0):
+                return
+            if request.model == "diffusion_stream":
+                yield self._progress(request, step, steps)
+            if prompt == "midway" and step == 2:
+                raise RequestFailedError("INTERNAL", 500, "the worker group died", before_answer=False)
+        if prompt == "nothing":
+            return
+        yield self._result(request)
+
+    def run_to_the_end(self, request: ReceivedRequest) -> dict[str, np.ndarray]:
+        """The last response of a model, empty if there is none."""
+        responses = list(self.run(request))
+        return responses[-1] if responses else {}
+
+    def _progress(self, request: ReceivedRequest, step: int, steps: int) -> dict[str, np.ndarray]:
+        progress = {"stage": "denoising", "step": step, "total": steps, "elapsed_s": step * STEP_S}
+        progress["remaining_s"] = None if step == 1 else (steps - step) * STEP_S
+        outputs = {"progress": _text(json.dumps(progress))}
+        interval = request.value("preview_interval", 0)
+        if interval and step % interval == 0:
+            outputs["preview_image"] = _files(request)
+        return outputs
+
+    def _result(self, request: ReceivedRequest) -> dict[str, np.ndarray]:
+        timings = {
+            "request_id": request.id,
+            "total_s": 1.5,
+            "queue_s": 0.25,
+            "stages_s": {"text_encoding": 0.25, "denoising": 1.0},
+            "steps_s": [0.5, 0.5],
+            "warnings": ["guidance_scale has no effect"] if request.value("guidance_scale") else [],
+        }
+        num_outputs, seed = request.value("num_outputs", 1), request.value("seed", 7)
+        outputs = {
+            "seed": np.arange(seed, seed + num_outputs, dtype=np.int64),
+            "timings": _text(json.dumps(timings)),
+        }
+        if request.value("output_format") == "raw":
+            return outputs | {"raw_image": _pixels(num_outputs)}
+        return outputs | {"generated_image": _files(request)}
+
+
+def _text(text: str) -> np.ndarray:
+    return np.array([text.encode()], dtype=np.object_)
+
+
+def _pixels(num_outputs: int) -> np.ndarray:
+    """Each picture of a colour of its own, 8 high and 16 wide."""
+    colours = np.arange(num_outputs, dtype=np.uint8)[:, None, None, None]
+    return np.tile(colours, (1, 8, 16, 3))
+
+
+def _files(request: ReceivedRequest) -> np.ndarray:
+    output_format = request.value("output_format", "b64_png")
+    files = []
+    for pixels in _pixels(request.value("num_outputs", 1)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, output_format.removeprefix("b64_"))
+        content = buffer.getvalue()
+        files.append(base64.b64encode(content) if output_format.startswith("b64_") else content)
+    return np.array(files, dtype=np.object_)
+
+
+class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
+    def __init__(self, double: TritonDouble) -> None:
+        self._double = double
+
+    def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        return service_pb2.ServerReadyResponse(ready=self._double.is_ready)
+
+    def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        return service_pb2.ModelReadyResponse(ready=request.name == "diffusion")
+
+    def ModelInfer(self, message: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        request = self._read(message, context)
+        try:
+            outputs = self._double.run_to_the_end(request)
+        except RequestFailedError as error:
+            context.abort(getattr(grpc.StatusCode, error.grpc_status), error.message)
+        return _to_message(message, outputs)
+
+    def ModelStreamInfer(self, messages: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        for message in messages:
+            request = self._read(message, context)
+            try:
+                for outputs in self._double.run(request):
+                    yield service_pb2.ModelStreamInferResponse(infer_response=_to_message(message, outputs))
+            except RequestFailedError as error:
+                if request.headers.get("triton_grpc_error") == "true" and error.grpc_status != "NOT_FOUND":
+                    context.abort(getattr(grpc.StatusCode, error.grpc_status), error.message)
+                yield service_pb2.ModelStreamInferResponse(error_message=error.message)
+
+    def _read(self, message: Any, context: grpc.ServicerContext) -> ReceivedRequest:
+        inputs = {}
+        for tensor, content in zip(message.inputs, message.raw_input_contents, strict=True):
+            if tensor.datatype == "BYTES":
+                value = deserialize_bytes_tensor(content)[0].decode()
+            else:
+                value = np.frombuffer(content, DTYPES[tensor.datatype])[0].item()
+            inputs[tensor.name] = (tensor.datatype, list(tensor.shape), value)
+        parameters = {name: value.int64_param for name, value in message.parameters.items()}
+        headers = dict(context.invocation_metadata())
+        request = ReceivedRequest(message.model_name, message.id, inputs, parameters, headers)
+        context.add_callback(request.cancelled.set)
+        return request
+
+
+def _to_message(message: Any, outputs: dict[str, np.ndarray]) -> Any:
+    response = service_pb2.ModelInferResponse(model_name=message.model_name, id=message.id)
+    for name, tensor in outputs.items():
+        datatype, content = _encode(tensor)
+        response.outputs.add(name=name, datatype=datatype, shape=list(tensor.shape))
+        response.raw_output_contents.append(content)
+    return response
+
+
+def _encode(tensor: np.ndarray) -> tuple[str, bytes]:
+    if tensor.dtype == np.object_:
+        return "BYTES", serialize_byte_tensor(tensor).item()
+    return {np.dtype(np.uint8): "UINT8", np.dtype(np.int64): "INT64"}[tensor.dtype], tensor.tobytes()
+
+
+class _HttpServer(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    double: TritonDouble
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a connection that is cut is what some tests are about."""
+
+
+class _HttpHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _HttpServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.double.http_connections.append(self.connection)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        ready = {"/v2/health/ready": self.server.double.is_ready, "/v2/models/diffusion/ready": True}.get(
+            self.path, False
+        )
+        self._answer(200 if ready else 400, b"")
+
+    def do_POST(self) -> None:
+        double = self.server.double
+        _, _, _, model, verb = self.path.split("/")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if verb == "infer":
+            self._infer(double, self._read_binary(model, body))
+        else:
+            self._generate_stream(double, self._read_json(model, body))
+
+    def _infer(self, double: TritonDouble, request: ReceivedRequest) -> None:
+        try:
+            outputs = double.run_to_the_end(request)
+        except RequestFailedError as error:
+            self._answer(error.http_status, json.dumps({"error": error.message}).encode())
+            return
+        described, contents = [], []
+        for name, tensor in outputs.items():
+            datatype, content = _encode(tensor)
+            parameters = {"binary_data_size": len(content)}
+            described.append(
+                {"name": name, "datatype": datatype, "shape": list(tensor.shape), "parameters": parameters}
+            )
+            contents.append(content)
+        head = json.dumps({"model_name": request.model, "outputs": described}).encode()
+        self._answer(200, head + b"".join(contents), {"Inference-Header-Content-Length": str(len(head))})
+
+    def _generate_stream(self, double: TritonDouble, request: ReceivedRequest) -> None:
+        """Triton answers the first error of a model as 400, whatever it is, and a later one in an event under 200."""
+        started = False
+        try:
+            for outputs in double.run(request):
+                if not started:
+                    self._start_events(200)
+                started = True
+                self._send_event({name: _to_json(tensor) for name, tensor in outputs.items()})
+        except RequestFailedError as error:
+            if error.http_status == 404:
+                self._answer(404, json.dumps({"error": error.message}).encode())
+                return
+            if not started:
+                self._start_events(400)
+            started = True
+            self._send_event({"error": error.message})
+        except OSError:
+            request.cancelled.set()
+            self.close_connection = True
+            return
+        if not started:
+            self._start_events(200)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _start_events(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+    def _send_event(self, event: dict[str, Any]) -> None:
+        """In two chunks: an event may arrive in pieces."""
+        content = f"data: {json.dumps(event)}\n\n".encode()
+        middle = len(content) // 2
+        for piece in (content[:middle], content[middle:]):
+            self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+            self.wfile.flush()
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _read_binary(self, model: str, body: bytes) -> ReceivedRequest:
+        head_length = int(self.headers["Inference-Header-Content-Length"])
+        head, rest = json.loads(body[:head_length]), body[head_length:]
+        inputs = {}
+        for tensor in head["inputs"]:
+            size = tensor["parameters"]["binary_data_size"]
+            content, rest = rest[:size], rest[size:]
+            if tensor["datatype"] == "BYTES":
+                value = deserialize_bytes_tensor(content)[0].decode()
+            else:
+                value = np.frombuffer(content, DTYPES[tensor["datatype"]])[0].item()
+            inputs[tensor["name"]] = (tensor["datatype"], tensor["shape"], value)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        return ReceivedRequest(model, head["id"], inputs, head.get("parameters", {}), headers)
+
+    def _read_json(self, model: str, body: bytes) -> ReceivedRequest:
+        fields = json.loads(body)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request_id = fields.pop("id")
+        inputs = {name: (None, [1], value) for name, value in fields.items()}
+        return ReceivedRequest(model, request_id, inputs, {}, headers)
+
+
+def _to_json(tensor: np.ndarray) -> Any:
+    values = [value.decode() if isinstance(value, bytes) else value for value in tensor.reshape(-1).tolist()]
+    return values[0] if len(values) == 1 else values
+
+
+class Caller:
+    """One kind of client (blocking or asyncio, gRPC or HTTP) behind one blocking face."""
+
+    def __init__(self, is_async: bool, protocol: Any, url: str) -> None:
+        self.is_async, self.protocol, self.url = is_async, protocol, url
+
+    def generate(self, prompt: str, *, client: dict[str, Any] | None = None, **options: Any) -> GenerationResult:
+        if not self.is_async:
+            with DiffusionClient(self.url, self.protocol, **(client or {})) as blocking:
+                return blocking.generate(prompt, **options)
+
+        async def run() -> GenerationResult:
+            async with AsyncDiffusionClient(self.url, self.protocol, **(client or {})) as asynchronous:
+                return await asynchronous.generate(prompt, **options)
+
+        return asyncio.run(run())
+
+    def stream(self, prompt: str, *, client: dict[str, Any] | None = None, **options: Any) -> list[Event]:
+        if not self.is_async:
+            with DiffusionClient(self.url, self.protocol, **(client or {})) as blocking:
+                return list(blocking.stream(prompt, **options))
+
+        async def run() -> list[Event]:
+            async with AsyncDiffusionClient(self.url, self.protocol, **(client or {})) as asynchronous:
+                return [event async for event in asynchronous.stream(prompt, **options)]
+
+        return asyncio.run(run())
+
+    def close_stream_after(self, num_events: int, prompt: str, **options: Any) -> None:
+        """Read some events, close the stream, and only then the client: after a second."""
+        if not self.is_async:
+            with DiffusionClient(self.url, self.protocol) as blocking:
+                events = blocking.stream(prompt, **options)
+                for _ in range(num_events):
+                    next(events)
+                events.close()
+                time.sleep(1)
+            return
+
+        async def run() -> None:
+            async with AsyncDiffusionClient(self.url, self.protocol) as asynchronous:
+                async with aclosing(asynchronous.stream(prompt, **options)) as events:
+                    for _ in range(num_events):
+                        await anext(events)
+                await asyncio.sleep(1)
+
+        asyncio.run(run())
+
+    def is_ready(self, **client: Any) -> bool:
+        if not self.is_async:
+            with DiffusionClient(self.url, self.protocol, **client) as blocking:
+                return blocking.is_ready()
+
+        async def run() -> bool:
+            async with AsyncDiffusionClient(self.url, self.protocol, **client) as asynchronous:
+                return await asynchronous.is_ready()
+
+        return asyncio.run(run())
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        if not self.is_async:
+            with DiffusionClient(self.url, self.protocol) as blocking:
+                return blocking.wait_until_ready(timeout_s)
+
+        async def run() -> None:
+            async with AsyncDiffusionClient(self.url, self.protocol) as asynchronous:
+                await asynchronous.wait_until_ready(timeout_s)
+
+        return asyncio.run(run())
+
+
+CALLERS = [(is_async, protocol) for is_async in (False, True) for protocol in ("grpc", "http")]
+
+
+@pytest.fixture
+def triton() -> Iterator[TritonDouble]:
+    double = TritonDouble()
+    yield double
+    with suppress(OSError):
+        double.stop()
+
+
+@pytest.fixture(params=CALLERS, ids=lambda param: f"{'async' if param[0] else 'blocking'}-{param[1]}")
+def caller(request: pytest.FixtureRequest, triton: TritonDouble) -> Caller:
+    is_async, protocol = request.param
+    return Caller(is_async, protocol, triton.grpc_url if protocol == "grpc" else triton.http_url)

@@ -1,0 +1,119 @@
+"""StageConfig and ChainConfig from the parameters of a config.pbtxt."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from triton_diffusion.config import ChainConfig, StageConfig
+from triton_diffusion.errors import ConfigurationError
+
+
+def test_no_parameters_give_the_defaults() -> None:
+    assert StageConfig.from_parameters({}) == StageConfig()
+    assert ChainConfig.from_parameters({}) == ChainConfig()
+
+
+@pytest.mark.parametrize("config_class", [StageConfig, ChainConfig])
+def test_every_field_is_read_back_from_its_text(config_class: type[StageConfig] | type[ChainConfig]) -> None:
+    changed = {"dtype": "float32", "denoising_loop": "reference", "gpu_device_ids": "4,5;6,7", "num_gpus": "4", "dp_size": "2"}
+    parameters = {}
+    for field in dataclasses.fields(config_class):
+        default = field.default
+        other = default + "x" if isinstance(default, str) else str(default + 1)  # type: ignore[operator]
+        parameters[field.name] = changed.get(field.name, other)
+    config = config_class.from_parameters(parameters)
+    assert {name: str(value) for name, value in dataclasses.asdict(config).items()} == parameters
+
+
+def test_an_unknown_parameter_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"'max_batchsize'.*did you mean max_batch_size\?"):
+        StageConfig.from_parameters({"max_batchsize": "4"})
+
+
+def test_a_parameter_of_the_other_model_is_unknown() -> None:
+    with pytest.raises(ConfigurationError, match="max_pixels"):
+        StageConfig.from_parameters({"max_pixels": "4"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("num_gpus", "two", "int"),
+        ("num_gpus", "1.5", "int"),
+        ("num_gpus", "", "int"),
+        ("startup_timeout_s", "soon", "float"),
+        ("dtype", "bf16", "auto, bfloat16, float16, float32"),
+        ("denoising_loop", "fast", "step_batching, reference"),
+    ],
+)
+def test_a_text_that_is_no_value_is_refused_with_what_is_expected(name: str, text: str, expected: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        StageConfig.from_parameters({name: text})
+    assert f"{name}={text!r}" in str(caught.value)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["num_gpus", "max_queue_size", "max_batch_size", "startup_timeout_s"])
+@pytest.mark.parametrize("text", ["0", "-1"])
+def test_counts_and_times_must_be_positive(name: str, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}=.*greater than 0"):
+        StageConfig.from_parameters({name: text})
+
+
+def test_a_timeout_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="startup_timeout_s"):
+        StageConfig.from_parameters({"startup_timeout_s": "nan"})
+
+
+@pytest.mark.parametrize("name", ["dp_size", "num_threads"])
+def test_zero_chooses_where_a_negative_number_is_refused(name: str) -> None:
+    StageConfig.from_parameters({name: "0"})
+    with pytest.raises(ConfigurationError, match=f"{name}=-1"):
+        StageConfig.from_parameters({name: "-1"})
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ChainConfig) if isinstance(field.default, int)])
+def test_limits_of_the_chain_must_be_positive(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}=0"):
+        ChainConfig.from_parameters({name: "0"})
+
+
+def test_every_rank_is_a_replica_unless_dp_size_says_otherwise() -> None:
+    config = StageConfig(num_gpus=4)
+    assert (config.num_replicas, config.ranks_per_replica) == (4, 1)
+    assert config.device_ids() == [["0"], ["1"], ["2"], ["3"]]
+
+
+def test_dp_size_divides_the_ranks_into_replicas() -> None:
+    config = StageConfig(num_gpus=4, dp_size=2)
+    assert (config.num_replicas, config.ranks_per_replica) == (2, 2)
+    assert config.device_ids() == [["0", "1"], ["2", "3"]]
+
+
+def test_dp_size_must_divide_num_gpus() -> None:
+    with pytest.raises(ConfigurationError, match=r"dp_size=2 does not divide num_gpus=3"):
+        StageConfig(num_gpus=3, dp_size=2)
+
+
+def test_more_replicas_than_ranks_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="dp_size=4"):
+        StageConfig(num_gpus=2, dp_size=4)
+
+
+def test_gpu_device_ids_name_the_gpus_of_each_replica() -> None:
+    config = StageConfig(num_gpus=4, dp_size=2, gpu_device_ids="6, 7; 2,GPU-8f1")
+    assert config.device_ids() == [["6", "7"], ["2", "GPU-8f1"]]
+
+
+@pytest.mark.parametrize("ids", ["0,1", "0;1;2;3", "0,1;2", "0,1;2,", ",;,", "0,1;2,3;"])
+def test_gpu_device_ids_of_another_shape_are_refused(ids: str) -> None:
+    with pytest.raises(ConfigurationError, match="2 replicas.* of 2 ids"):
+        StageConfig(num_gpus=4, dp_size=2, gpu_device_ids=ids)
+
+
+def test_threads_are_shared_between_the_ranks_but_never_none() -> None:
+    assert StageConfig(num_gpus=10_000).threads_per_rank == 1
+    assert StageConfig(num_gpus=1).threads_per_rank >= 1
+    assert StageConfig(num_gpus=10_000, num_threads=3).threads_per_rank == 3

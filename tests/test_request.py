@@ -1,0 +1,162 @@
+"""What a caller may ask: defaults, limits, and messages that say what to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_diffusion.config import ChainConfig
+from triton_diffusion.errors import InvalidRequestError
+from triton_diffusion.request import INPUT_NAMES, MAX_SEED, GenerationRequest, RequestDefaults, resolve_request
+
+DEFAULTS = RequestDefaults(
+    height=1024,
+    width=768,
+    size_multiple=16,
+    num_inference_steps=28,
+    guidance_scale=1.0,
+    embedded_guidance_scale=3.5,
+    max_sequence_length=256,
+    longest_sequence_length=512,
+)
+UNDISTILLED = replace(DEFAULTS, embedded_guidance_scale=None)
+LIMITS = ChainConfig(max_pixels=1024 * 1024, max_num_inference_steps=50, max_num_outputs=4, max_prompt_bytes=100)
+
+
+def resolve(defaults: RequestDefaults = DEFAULTS, **given: Any) -> GenerationRequest:
+    return resolve_request({"prompt": "a cat"} | given, defaults, LIMITS)[0]
+
+
+def warnings_of(defaults: RequestDefaults = DEFAULTS, **given: Any) -> list[str]:
+    return resolve_request({"prompt": "a cat"} | given, defaults, LIMITS)[1]
+
+
+def test_what_is_left_open_comes_from_the_checkpoint() -> None:
+    request = resolve()
+    assert (request.height, request.width) == (1024, 768)
+    assert request.num_inference_steps == 28
+    assert (request.guidance_scale, request.embedded_guidance_scale) == (1.0, 3.5)
+    assert request.max_sequence_length == 256
+    assert (request.negative_prompt, request.num_outputs, request.output_format) == ("", 1, "b64_png")
+    assert request.preview_interval == 0
+
+
+def test_what_is_given_is_kept() -> None:
+    values = {
+        "prompt": "a dog",
+        "negative_prompt": "blurry",
+        "height": 512,
+        "width": 256,
+        "num_inference_steps": 50,
+        "guidance_scale": 2.5,
+        "embedded_guidance_scale": 0.0,
+        "seed": 5,
+        "num_outputs": 4,
+        "max_sequence_length": 512,
+        "output_format": "webp",
+        "output_quality": 100,
+        "preview_interval": 3,
+    }
+    assert values.keys() == set(INPUT_NAMES)
+    assert resolve(**values).to_json() == values
+
+
+def test_a_request_survives_json() -> None:
+    request = resolve(seed=MAX_SEED)
+    assert GenerationRequest.from_json(request.to_json()) == request
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    seeds = {resolve().seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed <= MAX_SEED for seed in seeds)
+
+
+def test_each_output_has_a_seed_of_its_own() -> None:
+    assert resolve(seed=9, num_outputs=3).output_seeds == [9, 10, 11]
+
+
+def test_guidance_starts_above_one() -> None:
+    assert not resolve(guidance_scale=1.0).uses_guidance
+    assert not resolve(guidance_scale=0.0).uses_guidance
+    assert resolve(guidance_scale=1.01).uses_guidance
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"promt": "x"}, r"input 'promt' is not known \(did you mean prompt\?\)"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": "ü" * 51}, "prompt has 102 bytes; this server allows 100 .*max_prompt_bytes"),
+        ({"negative_prompt": "x" * 101}, "negative_prompt has 101 bytes"),
+        ({"height": 500}, "height=500 must be a positive multiple of 16 .*try 496 or 512"),
+        ({"width": 15}, "width=15 .*try 16 or 32"),
+        ({"width": 0}, "width=0"),
+        ({"height": -16}, "height=-16"),
+        ({"height": 2048}, "height=2048 x width=768 is 1572864 pixels; this server allows 1048576 .*max_pixels"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be between 1 and 50"),
+        ({"num_inference_steps": 51}, "num_inference_steps=51 must be between 1 and 50"),
+        ({"num_outputs": 0}, "num_outputs=0 must be between 1 and 4"),
+        ({"num_outputs": 5}, "num_outputs=5 must be between 1 and 4"),
+        ({"max_sequence_length": 0}, "max_sequence_length=0 must be between 1 and 512"),
+        ({"max_sequence_length": 513}, "max_sequence_length=513 must be between 1 and 512"),
+        ({"guidance_scale": -0.1}, "guidance_scale=-0.1 must be a finite number between 0 and 1000"),
+        ({"guidance_scale": math.nan}, "guidance_scale=nan"),
+        ({"embedded_guidance_scale": math.inf}, "embedded_guidance_scale=inf"),
+        ({"seed": -1}, f"seed=-1 must be between 0 and {MAX_SEED}"),
+        ({"seed": MAX_SEED, "num_outputs": 2}, f"seed={MAX_SEED} must be between 0 and {MAX_SEED - 1}"),
+        ({"output_format": "jpg"}, r"output_format='jpg' must be one of .*did you mean jpeg\?"),
+        ({"output_quality": 0}, "output_quality=0 must be between 1 and 100"),
+        ({"output_quality": 101}, "output_quality=101"),
+        ({"preview_interval": -1}, "preview_interval=-1"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_with_what_is(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        resolve(**given)
+
+
+def test_a_missing_prompt_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="prompt is empty"):
+        resolve_request({}, DEFAULTS, LIMITS)
+
+
+@given(value=st.integers(-(2**31), 2**31 - 1), name=st.sampled_from(["height", "width"]))
+def test_a_size_is_taken_as_it_is_or_refused_never_rounded(value: int, name: str) -> None:
+    try:
+        request = resolve(**{"height": 16, "width": 16} | {name: value})
+    except InvalidRequestError:
+        assert value <= 0 or value % 16 or value * 16 > LIMITS.max_pixels
+    else:
+        assert getattr(request, name) == value
+
+
+def test_the_sizes_that_a_refusal_proposes_are_allowed() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        resolve(height=500)
+    for word in str(caught.value).split("try ")[1].split(" or "):
+        assert resolve(height=int(word)).height == int(word)
+
+
+def test_embedded_guidance_without_effect_is_warned_of() -> None:
+    (warning,) = warnings_of(UNDISTILLED, embedded_guidance_scale=2.0)
+    assert "embedded_guidance_scale has no effect" in warning
+    assert warnings_of(DEFAULTS, embedded_guidance_scale=2.0) == []
+
+
+def test_a_negative_prompt_without_effect_is_warned_of() -> None:
+    (warning,) = warnings_of(UNDISTILLED, negative_prompt="dark")
+    assert "negative_prompt has no effect at guidance_scale=1.0" in warning
+    assert warnings_of(UNDISTILLED, negative_prompt="dark", guidance_scale=2.0) == []
+
+
+def test_doubled_work_on_a_distilled_checkpoint_is_warned_of() -> None:
+    (warning,) = warnings_of(DEFAULTS, guidance_scale=2.0)
+    assert "embedded_guidance_scale" in warning
+    assert warnings_of(UNDISTILLED, guidance_scale=2.0) == []
