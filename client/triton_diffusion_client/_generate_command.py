@@ -53,8 +53,6 @@ def generate(args: argparse.Namespace) -> int:
     try:
         num_pictures = len(args.prompt) * (args.num_images_per_prompt or 1)
         files = plan_output(args.output, args.output_format, num_pictures)
-        if args.protocol == "http" and files.output_format != "png" and not args.no_stream:
-            raise ValueError("HTTP streams PNG only; add --no-stream, or use --protocol grpc")
         return asyncio.run(_generate_all(args, files))
     except (ValueError, TypeError) as error:
         print_error(str(error))

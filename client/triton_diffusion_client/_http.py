@@ -32,7 +32,7 @@ from triton_diffusion_client.errors import (
 )
 
 # A stream is JSON text, so a picture in it is base64.
-_TEXT_FORMATS = {"png": "b64_png"}
+_TEXT_FORMATS = {"png": "b64_png", "jpeg": "b64_jpeg", "webp": "b64_webp"}
 _EVENT_STREAM = "text/event-stream"
 _READ_SIZE_BYTES = 1 << 16
 

@@ -39,8 +39,8 @@ class DiffusionClient(BaseClient):
             client.generate("a red circle", seed=1).images[0].save("circle.png")
 
     url: host:port of the server's gRPC port (default 127.0.0.1:8001) or HTTP port (default 127.0.0.1:8000).
-    protocol: "grpc", or "http" where only that gets through: HTTP streams carry PNG only, and Triton notices that an
-        HTTP client went away only when it next writes to it.
+    protocol: "grpc", or "http" where only that gets through: HTTP streams carry no raw pixels, and Triton sees that a
+        client went away only when it next writes to it.
     model, stream_model: the server's models for one answer, and for progress and previews first.
     timeout_s: longest wait for a whole request, unless the request says otherwise; None: as long as it takes.
     headers: sent with every request (gRPC: as metadata), for an authorization for example.

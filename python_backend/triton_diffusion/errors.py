@@ -93,6 +93,11 @@ def to_wire(error: BaseException) -> tuple[str, str]:
     return StageError.__name__, f"{type(error).__name__}: {error}"
 
 
+def is_wire_name(name: str) -> bool:
+    """Whether `name` is one that `to_wire` gives."""
+    return name in _BY_NAME
+
+
 def from_wire(name: str, message: str) -> DiffusionError:
     """The error that `to_wire` took apart."""
     return _BY_NAME.get(name, StageError)(message)

@@ -12,7 +12,7 @@ from typing import Any
 from triton_diffusion.config import ChainConfig
 from triton_diffusion.errors import InvalidRequestError, nearest_name_hint
 
-OUTPUT_FORMATS = ("b64_png", "png", "jpeg", "webp", "raw")
+OUTPUT_FORMATS = ("b64_png", "b64_jpeg", "b64_webp", "png", "jpeg", "webp", "raw")
 MAX_SEED = 2**63 - 1
 
 

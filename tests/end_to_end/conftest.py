@@ -1,4 +1,4 @@
-"""One real tritonserver for all end-to-end tests: the built-in demo checkpoint, in float32 so that pictures can be compared."""
+"""One real tritonserver for all end-to-end tests: the demo checkpoint, in float32 so that pictures can be compared."""
 
 from __future__ import annotations
 

@@ -41,7 +41,10 @@ BAD_INPUTS = [
     ({"num_outputs": 0}, "num_outputs=0 must be between 1 and 8"),
     ({"num_outputs": 9}, "num_outputs=9 must be between 1 and 8"),
     ({"max_sequence_length": 513}, "max_sequence_length=513 must be between 1 and 512"),
-    ({"output_format": "pgn"}, "output_format='pgn' must be one of b64_png, png, jpeg, webp, raw .did you mean png"),
+    (
+        {"output_format": "pgn"},
+        "output_format='pgn' must be one of b64_png, b64_jpeg, b64_webp, png, jpeg, webp, raw .did you mean png",
+    ),
     ({"output_format": "jpeg", "output_quality": 101}, "output_quality=101 must be between 1 and 100"),
 ]
 

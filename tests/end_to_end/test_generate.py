@@ -115,11 +115,13 @@ def test_without_a_seed_each_request_draws_another_picture_and_says_its_seed(ser
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("b64_png", "PNG")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("b64_png", "PNG"), ("b64_webp", "WEBP")]
+)
 def test_every_output_format_holds_the_picture(server: RunningServer, name: str, kind: str, protocol: str) -> None:
     common = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2}
     data = server.infer(protocol=protocol, output_format=name, **common).as_numpy("generated_image")[0]
-    image = Image.open(io.BytesIO(base64.b64decode(data) if name == "b64_png" else data))
+    image = Image.open(io.BytesIO(base64.b64decode(data) if name.startswith("b64_") else data))
     assert (image.format, image.size) == (kind, (128, 128))
     expected = raw(server.infer(output_format="raw", **common))[0]
     if kind == "PNG":

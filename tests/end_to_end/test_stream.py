@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc
+import tritonclient.http
 from PIL import Image
 from tests.end_to_end.conftest import RunningServer, tensor
+from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.end_to_end
 
@@ -101,7 +103,7 @@ def test_a_unary_request_that_times_out_on_the_client_is_cancelled_on_the_server
     ]
     with (
         tritonclient.grpc.InferenceServerClient(server.grpc_url) as client,
-        pytest.raises(tritonclient.grpc.InferenceServerException, match="Deadline Exceeded"),
+        pytest.raises(InferenceServerException, match="Deadline Exceeded"),
     ):
         client.infer("diffusion", inputs, client_timeout=0.5)
     deadline = time.monotonic() + 10
@@ -110,9 +112,18 @@ def test_a_unary_request_that_times_out_on_the_client_is_cancelled_on_the_server
         time.sleep(0.05)
 
 
+def test_the_timeout_of_a_request_ends_it_on_the_server_over_http_too(server: RunningServer) -> None:
+    inputs = [tensor(tritonclient.http, "prompt", PROMPT), tensor(tritonclient.http, "num_inference_steps", 198)]
+    with (
+        tritonclient.http.InferenceServerClient(server.http_url, network_timeout=60) as client,
+        pytest.raises(InferenceServerException, match=r"its timeout of 0\.3 s is over: cancelled in denoising after"),
+    ):
+        client.infer("diffusion", inputs, timeout=300_000)
+
+
 def test_a_bad_request_on_the_stream_ends_with_its_error_alone(server: RunningServer) -> None:
     with (
-        pytest.raises(tritonclient.grpc.InferenceServerException, match="prompt is empty"),
+        pytest.raises(InferenceServerException, match="prompt is empty"),
         stream(server, prompt=" ") as responses,
     ):
         list(responses)

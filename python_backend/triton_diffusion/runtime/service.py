@@ -287,7 +287,7 @@ class StageService:
         if not loaded:
             replica.failed_starts += 1
             for request_id in self._scheduler.requests_of(replica.index):
-                self._end(request_id, WorkerGroupError(f"{reason}; its ranks do not start again; see the server's log"))
+                self._end(request_id, WorkerGroupError(f"{reason}; its ranks do not start again; try again later"))
         back_off_s = min(30.0, 2.0**replica.failed_starts) if replica.failed_starts else 0.0
         replica.restart_at_s = time.monotonic() + back_off_s
 

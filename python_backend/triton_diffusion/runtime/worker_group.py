@@ -128,7 +128,6 @@ class WorkerGroup:
             [sys.executable, "-m", "triton_diffusion.runtime.rank"],
             stdin=subprocess.PIPE,
             env=_rank_environment(os.environ, device_id, launch.num_threads),
-            start_new_session=True,
         )
         _write_line(process, launch)
         return _Rank(process, os.pidfd_open(process.pid))

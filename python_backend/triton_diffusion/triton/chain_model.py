@@ -18,7 +18,7 @@ from triton_diffusion.config import ChainConfig
 from triton_diffusion.errors import DiffusionError, QueueFullError, RequestCancelledError
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.request import INPUT_NAMES
+from triton_diffusion.request import INPUT_NAMES, GenerationRequest
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
 from triton_diffusion.state import (
     CancelOrder,
@@ -37,7 +37,7 @@ from triton_diffusion.state import (
 from triton_diffusion.triton.conversion import (
     STATE,
     bytes_tensor,
-    from_triton_error,
+    from_stage_error,
     json_tensor,
     read_inputs,
     read_parameters,
@@ -86,7 +86,7 @@ class ChainModel:
     def execute(self, requests: list[Any]) -> None:
         """Start a thread for every request; the answer goes out through the response sender."""
         for request in requests:
-            job = _Job(f"{self._scope}-{next(self._counter)}", request.request_id(), request.get_response_sender())
+            job = _Job(f"{self._scope}-{next(self._counter)}", request)
             try:
                 self._register(job)
                 given = read_inputs(request, INPUT_NAMES)
@@ -134,15 +134,16 @@ class ChainModel:
         validation = StageTimings(run_s=time.monotonic() - job.arrived_s)
         state = RequestState(job.request_id, incoming.request, {self._validation.name: validation}, incoming.warnings)
         blob = self._call(job, self._config.text_encoding_model, write_state(state))
-        blob = self._denoise_in_view(job, blob) if self.stream else self._denoise(job, blob)
+        blob = self._denoise_in_view(job, blob, incoming.request) if self.stream else self._denoise(job, blob)
         blob = self._call(job, self._config.decoding_model, blob)
         return _output_tensors(job, blob)
 
     def _denoise(self, job: _Job, blob: bytes) -> bytes:
         return self._call(job, self._config.denoising_model, blob)
 
-    def _denoise_in_view(self, job: _Job, blob: bytes) -> bytes:
+    def _denoise_in_view(self, job: _Job, blob: bytes, request: GenerationRequest) -> bytes:
         """Denoise, and meanwhile send the caller a message for every step."""
+        started_s = time.monotonic()
         result = self._helpers.submit(self._denoise, job, blob)
         previews: list[Future[None]] = []
         step = 0
@@ -152,14 +153,22 @@ class ChainModel:
                 # The stage has not heard of the request yet, or has just answered it.
                 wait([result], timeout=0.005)
                 continue
-            for each in range(step + 1, progress.step + 1):
-                job.send([_progress_tensor(dataclasses.replace(progress, step=each))])
+            self._send_progress(job, step, progress)
             if preview is not None:
                 previews.append(self._helpers.submit(self._send_preview, job, preview, progress))
             step = progress.step
+        denoised = result.result()
+        # The last steps, if the result came before the answer to the question about them.
+        total = request.num_inference_steps
+        self._send_progress(job, step, Progress(total, total, time.monotonic() - started_s, 0.0))
         for sent in previews:
             sent.result()
-        return result.result()
+        return denoised
+
+    def _send_progress(self, job: _Job, last_step: int, progress: Progress) -> None:
+        """One message for each step since `last_step`."""
+        for step in range(last_step + 1, progress.step + 1):
+            job.send([_progress_tensor(dataclasses.replace(progress, step=step))])
 
     def _ask_progress(self, job: _Job, after_step: int) -> tuple[Progress, bytes | None]:
         query = write_progress_query(ProgressQuery(job.request_id, after_step))
@@ -182,10 +191,12 @@ class ChainModel:
     def _call(self, job: _Job, model: str, blob: bytes) -> bytes:
         """Run a stage for a job, which can be cancelled meanwhile."""
         job.stage_model = model
-        if job.cancelled:
-            raise RequestCancelledError(f"cancelled before {model}")
         try:
+            if job.cancelled:
+                raise RequestCancelledError(f"cancelled before {model}")
             return _stage_call(model, blob)
+        except RequestCancelledError as error:
+            raise RequestCancelledError(f"{job.cancel_reason}: {error}") from error
         finally:
             job.stage_model = None
 
@@ -209,22 +220,32 @@ class ChainModel:
 class _Job:
     """A request of a caller, from its arrival to its last response."""
 
-    def __init__(self, request_id: str, caller_id: str, sender: Any) -> None:
+    def __init__(self, request_id: str, request: Any) -> None:
         self.request_id = request_id
-        self.caller_id = caller_id
+        self.caller_id: str = request.request_id()
         self.arrived_s = time.monotonic()
         self.stage_model: str | None = None
-        self.cancelled = False
-        self._sender = sender
+        self.cancel_reason: str | None = None
+        # Microseconds, 0 for none: the `timeout` parameter of the request.
+        self._timeout_s = request.timeout() / 1e6
+        self._sender = request.get_response_sender()
         self._finished = False
         # A response sender must not be asked anything once the last response is out.
         self._lock = threading.Lock()
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether the request shall not be finished."""
+        return self.cancel_reason is not None
+
     def notice_cancel(self) -> bool:
-        """Whether the caller went away or cancelled."""
+        """Whether the caller went away or cancelled, or its time-out is over."""
         with self._lock:
             if not self._finished and not self.cancelled:
-                self.cancelled = self._sender.is_cancelled()
+                if self._sender.is_cancelled():
+                    self.cancel_reason = "by its caller"
+                elif 0 < self._timeout_s < time.monotonic() - self.arrived_s:
+                    self.cancel_reason = f"its timeout of {self._timeout_s:g} s is over"
             return self.cancelled
 
     def send(self, tensors: list[Any]) -> None:
@@ -243,7 +264,7 @@ def _stage_call(model: str, blob: bytes) -> bytes:
     request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[STATE], inputs=[state_tensor(blob)])
     response = request.exec()
     if response.has_error():
-        raise from_triton_error(response.error())
+        raise from_stage_error(response.error())
     return read_state_tensor(pb_utils.get_output_tensor_by_name(response, STATE))
 
 

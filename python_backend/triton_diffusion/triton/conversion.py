@@ -13,9 +13,10 @@ import triton_python_backend_utils as pb_utils
 from triton_diffusion.errors import (
     DiffusionError,
     InvalidRequestError,
-    QueueFullError,
-    RequestCancelledError,
     StageError,
+    from_wire,
+    is_wire_name,
+    to_wire,
 )
 
 STATE = "state"
@@ -83,17 +84,19 @@ def read_state_tensor(tensor: Any) -> bytes:
 
 def triton_error(error: BaseException) -> Any:
     """A TritonError with the code that belongs to the class of `error`."""
-    if not isinstance(error, DiffusionError):
-        error = StageError(f"unexpected {type(error).__name__}: {error}")
+    error = from_wire(*to_wire(error))
     return pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.triton_code))
 
 
-def from_triton_error(error: Any) -> DiffusionError:
-    """The class of error that a stage model's answer stands for."""
-    for kind in (InvalidRequestError, RequestCancelledError, QueueFullError):
-        if error.code() == getattr(pb_utils.TritonError, kind.triton_code):
-            return kind(error.message())
-    return StageError(error.message())
+def stage_error(error: DiffusionError) -> Any:
+    """What a stage model answers the chain: BLS turns every code into INTERNAL, so the class goes into the message."""
+    return pb_utils.TritonError(": ".join(to_wire(error)), getattr(pb_utils.TritonError, error.triton_code))
+
+
+def from_stage_error(error: Any) -> DiffusionError:
+    """The error that `stage_error` made, or a StageError for one of Triton's own."""
+    name, _, message = error.message().partition(": ")
+    return from_wire(name, message) if is_wire_name(name) else StageError(error.message())
 
 
 def send_final(sender: Any, response: Any) -> None:

@@ -16,8 +16,8 @@ from triton_diffusion.triton.conversion import (
     read_state_tensor,
     send_final,
     set_up_logging,
+    stage_error,
     state_tensor,
-    triton_error,
 )
 from triton_diffusion.triton.metrics import MetricsPublisher
 
@@ -55,4 +55,4 @@ def _send(sender: Any, answer: Answer) -> None:
     if isinstance(answer, bytes):
         send_final(sender, pb_utils.InferenceResponse(output_tensors=[state_tensor(answer)]))
     else:
-        send_final(sender, pb_utils.InferenceResponse(error=triton_error(answer)))
+        send_final(sender, pb_utils.InferenceResponse(error=stage_error(answer)))
