@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from demo_checkpoint import autoencoder, checkpoint, evaluation, text, transformer  # noqa: E402
+from demo_checkpoint import autoencoder, checkpoint, evaluation, text, transformer
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -71,7 +71,7 @@ def train(options: argparse.Namespace) -> None:
         steps=options.transformer_steps, seed=options.seed, pictures=options.pictures
     )
     tokenizers = text.train_tokenizers(options.seed)
-    vae = autoencoder.train_autoencoder(vae_settings, options.work_dir / "autoencoder.pt", snapshot=options.snapshot)
+    vae = autoencoder.train_autoencoder(vae_settings, options.work_dir)
     model = transformer.train_transformer(
         vae, tokenizers, settings, options.work_dir, compile_model=options.compile, snapshot=options.snapshot
     )

@@ -17,7 +17,13 @@ def test_no_parameters_give_the_defaults() -> None:
 
 @pytest.mark.parametrize("config_class", [StageConfig, ChainConfig])
 def test_every_field_is_read_back_from_its_text(config_class: type[StageConfig] | type[ChainConfig]) -> None:
-    changed = {"dtype": "float32", "denoising_loop": "reference", "gpu_device_ids": "4,5;6,7", "num_gpus": "4", "dp_size": "2"}
+    changed = {
+        "dtype": "float32",
+        "denoising_loop": "reference",
+        "gpu_device_ids": "4,5;6,7",
+        "num_gpus": "4",
+        "dp_size": "2",
+    }
     parameters = {}
     for field in dataclasses.fields(config_class):
         default = field.default
@@ -74,7 +80,9 @@ def test_zero_chooses_where_a_negative_number_is_refused(name: str) -> None:
         StageConfig.from_parameters({name: "-1"})
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ChainConfig) if isinstance(field.default, int)])
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(ChainConfig) if isinstance(field.default, int)]
+)
 def test_limits_of_the_chain_must_be_positive(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}=0"):
         ChainConfig.from_parameters({name: "0"})
@@ -109,7 +117,7 @@ def test_gpu_device_ids_name_the_gpus_of_each_replica() -> None:
 
 @pytest.mark.parametrize("ids", ["0,1", "0;1;2;3", "0,1;2", "0,1;2,", ",;,", "0,1;2,3;"])
 def test_gpu_device_ids_of_another_shape_are_refused(ids: str) -> None:
-    with pytest.raises(ConfigurationError, match="2 replicas.* of 2 ids"):
+    with pytest.raises(ConfigurationError, match=r"2 replicas.* of 2 ids"):
         StageConfig(num_gpus=4, dp_size=2, gpu_device_ids=ids)
 
 

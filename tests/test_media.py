@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from triton_diffusion.media import encode_picture
+from triton_diffusion.request import OUTPUT_FORMATS
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
 GRADIENT = np.broadcast_to(np.linspace(0, 255, 64, dtype=np.uint8)[:, None, None], (64, 64, 3)).copy()
@@ -21,9 +22,10 @@ def test_png_keeps_every_pixel() -> None:
     np.testing.assert_array_equal(np.asarray(picture), PICTURE)
 
 
-def test_b64_png_is_the_png_as_base64_text() -> None:
-    text = encode_picture(PICTURE, "b64_png", 90)
-    assert base64.b64decode(text, validate=True) == encode_picture(PICTURE, "png", 90)
+@pytest.mark.parametrize("name", [name for name in OUTPUT_FORMATS if name.startswith("b64_")])
+def test_a_b64_format_is_the_same_file_as_base64_text(name: str) -> None:
+    text = encode_picture(PICTURE, name, 90)
+    assert base64.b64decode(text, validate=True) == encode_picture(PICTURE, name.removeprefix("b64_"), 90)
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])

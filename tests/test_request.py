@@ -68,7 +68,7 @@ def test_what_is_given_is_kept() -> None:
 
 def test_a_request_survives_json() -> None:
     request = resolve(seed=MAX_SEED)
-    assert GenerationRequest.from_json(request.to_json()) == request
+    assert GenerationRequest(**request.to_json()) == request
 
 
 def test_a_seed_is_drawn_where_none_is_given() -> None:

@@ -14,6 +14,14 @@ from triton_diffusion.errors import InvalidRequestError, nearest_name_hint
 
 OUTPUT_FORMATS = ("b64_png", "b64_jpeg", "b64_webp", "png", "jpeg", "webp", "raw")
 MAX_SEED = 2**63 - 1
+# Above these a request is surely a mistake, whatever the deployment allows.
+_HIGHEST = {
+    "height": 65_536,
+    "width": 65_536,
+    "num_inference_steps": 1_000_000,
+    "num_outputs": 1000,
+    "max_sequence_length": 65_536,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,22 @@ class GenerationRequest:
     preview_interval: int = 0
     """Steps between two previews; 0 for none."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no checkpoint can draw; the limits of checkpoint and deployment are those of `resolve_request`.
+
+        Any client may call a stage model, past the chain and its limits.
+
+        Raises:
+            ValueError: a count is out of bounds or a scale is not finite.
+        """
+        for name, highest in _HIGHEST.items():
+            if not 1 <= getattr(self, name) <= highest:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 1 and {highest}")
+        if self.preview_interval < 0 or not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"preview_interval={self.preview_interval} or seed={self.seed} is out of bounds")
+        if not (math.isfinite(self.guidance_scale) and math.isfinite(self.embedded_guidance_scale)):
+            raise ValueError("a guidance scale is not finite")
+
     @property
     def uses_guidance(self) -> bool:
         """Whether every step needs a second, unconditional prediction."""
@@ -60,11 +84,6 @@ class GenerationRequest:
     def to_json(self) -> dict[str, Any]:
         """Plain values under the field names."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> GenerationRequest:
-        """The request that `to_json` wrote."""
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from safetensors import deserialize
 from safetensors.numpy import save
@@ -120,18 +121,14 @@ def read_stage_input(blob: bytes | memoryview) -> StageInput:
     metadata, infos = read_metadata(blob)
     try:
         if PROGRESS in metadata:
-            return ProgressQuery(**json.loads(metadata[PROGRESS]))
+            return msgspec.json.decode(metadata[PROGRESS], type=ProgressQuery)
         if CANCEL in metadata:
-            return CancelOrder(**json.loads(metadata[CANCEL]))
-        values = json.loads(metadata[STATE])
-        return RequestState(
-            request_id=values["request_id"],
-            request=GenerationRequest.from_json(values["request"]),
-            timings={stage: StageTimings(**timing) for stage, timing in values["timings"].items()},
-            warnings=list(values["warnings"]),
-            tensor_infos=infos,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return msgspec.json.decode(metadata[CANCEL], type=CancelOrder)
+        # Decoded by its types: a value of the wrong kind would break the scheduler, which all requests share.
+        state = msgspec.json.decode(metadata[STATE], type=RequestState)
+        state.tensor_infos = infos
+        return state
+    except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidRequestError(
             f"input 'state' carries no request: {type(error).__name__} {error}; "
             "stage models are called by the chain model"

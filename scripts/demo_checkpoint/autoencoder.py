@@ -16,7 +16,7 @@ from demo_checkpoint import scenes
 from demo_checkpoint.training import AveragedWeights, LearningRate, Muon, SavedProgress, step_generator
 
 SCALING_FACTOR = 0.3611
-"""FLUX.1's own: the latents are brought to a deviation of 1 / SCALING_FACTOR, so that code which forgets it is noticed."""
+"""FLUX.1's own: the latents are brought to the deviation 1 / SCALING_FACTOR, so that who forgets it sees it."""
 SHIFT_FACTOR = 0.1159
 """FLUX.1's own: the latents are brought to this mean."""
 
@@ -92,26 +92,29 @@ def make_optimizers(model: AutoencoderKL, learning_rate: float) -> list[torch.op
     ]
 
 
-def train_autoencoder(settings: AutoencoderSettings, state_path: Path, *, snapshot: bool = False) -> AutoencoderKL:
-    """Train the autoencoder, or go on from the state at `state_path`; return it with averaged weights.
+def train_autoencoder(settings: AutoencoderSettings, work_dir: Path) -> AutoencoderKL:
+    """Train the autoencoder, go on from the state in `work_dir`, or read the finished one there.
 
-    With `snapshot`, return what the state holds and train nothing.
+    Returns it with averaged weights and normalised latents.
     """
     torch.manual_seed(settings.seed)
     model = build_autoencoder()
+    finished = work_dir / f"autoencoder_after_{settings.steps}_steps_seed_{settings.seed}.pt"
+    if finished.exists():
+        model.load_state_dict(torch.load(finished, weights_only=True))
+        return model.eval()
     optimizers = make_optimizers(model, settings.peak_learning_rate)
     averaged = AveragedWeights(model, decay=0.998)
-    progress = SavedProgress(state_path, model, averaged, optimizers)
+    progress = SavedProgress(work_dir / "autoencoder.pt", model, averaged, optimizers)
     done = progress.load(vars(settings))
-    drawn = scenes.random_scenes(settings.pictures, settings.seed, held_out=False)
-    if done < settings.steps and not snapshot:
-        pictures = draw_pictures(drawn, settings.seed)
-        for step in _steps(model, optimizers, pictures, settings, done):
-            averaged.update(step)
-            if (step + 1) % _SAVE_EVERY == 0 or step + 1 == settings.steps:
-                progress.save(step + 1, vars(settings))
+    pictures = draw_pictures(scenes.random_scenes(settings.pictures, settings.seed, held_out=False), settings.seed)
+    for step in _steps(model, optimizers, pictures, settings, done):
+        averaged.update(step)
+        if (step + 1) % _SAVE_EVERY == 0:
+            progress.save(step + 1, vars(settings))
     averaged.copy_to_model()
-    normalise_latents(model, draw_pictures(drawn[:_NORMALISATION_PICTURES], settings.seed))
+    normalise_latents(model, pictures[:_NORMALISATION_PICTURES])
+    torch.save(model.state_dict(), finished)
     return model.eval()
 
 
@@ -144,9 +147,7 @@ def _steps(
         yield step
 
 
-def _loss(
-    model: AutoencoderKL, batch: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss(model: AutoencoderKL, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss of pictures (B, 3, H, W) and their mean absolute error.
 
     Most of a picture is background; pixels that differ from its corner count more.

@@ -13,9 +13,7 @@ from demo_checkpoint import text
 from demo_checkpoint.transformer import TextToLatents, make_noise_scheduler
 
 
-def save_checkpoint(
-    folder: Path, *, vae: AutoencoderKL, model: TextToLatents, tokenizers: text.Tokenizers
-) -> int:
+def save_checkpoint(folder: Path, *, vae: AutoencoderKL, model: TextToLatents, tokenizers: text.Tokenizers) -> int:
     """Write the checkpoint in bfloat16, in place of what `folder` held; return the bytes of its weights."""
     model, vae = copy.deepcopy(model).bfloat16(), copy.deepcopy(vae).bfloat16()
     pipeline = FluxPipeline(

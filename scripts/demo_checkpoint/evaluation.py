@@ -67,8 +67,8 @@ def draw_prompts(
 def summary(results: Sequence[Result]) -> str:
     """Say how many pictures are right, in all and by property."""
     lines = [_share("all right", [result.verdict.right for result in results])]
-    for field in fields(Verdict):
-        lines.append(_share(field.name, [getattr(result.verdict, field.name) for result in results]))
+    names = [field.name for field in fields(Verdict)]
+    lines += [_share(name, [getattr(result.verdict, name) for result in results]) for name in names]
     for number in (1, 2):
         of_number = [result.verdict.right for result in results if len(result.scene.objects) == number]
         lines.append(_share(f"{number} object{'s' * (number > 1)}", of_number))

@@ -84,9 +84,7 @@ def judge(picture: Image.Image, scene: Scene) -> Verdict:
     seen = look_at(picture)
     background = scene.background in (None, seen.background) and seen.background is not None
     if len(seen.objects) != len(scene.objects):
-        return Verdict(
-            background=background, number=False, colour=False, shape=False, size=False, position=False
-        )
+        return Verdict(background=background, number=False, colour=False, shape=False, size=False, position=False)
     pairs = list(zip(scene.objects, _in_order_of(scene, seen.objects), strict=True))
     return Verdict(
         background=background,

@@ -37,7 +37,7 @@ class TransformerSettings:
     """Optimizer steps."""
     seed: int
     """Fixes the weights at the start, the pictures, captions and noise."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Pictures a step."""
     pictures: int = 24_000
     """Pictures drawn and encoded once, and met in random order, each time in other words."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,13 @@ class Checkpoint:
     """An opened checkpoint folder."""
 
     path: Path
+    _read: dict[Path, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    """Files that were read already."""
 
-    @cached_property
+    @property
     def index(self) -> dict[str, Any]:
         """model_index.json."""
-        return _read_json(self.path / INDEX)
+        return self._json(self.path / INDEX)
 
     @property
     def pipeline_class(self) -> str:
@@ -57,7 +58,16 @@ class Checkpoint:
 
     def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
         """A configuration file of a component."""
-        return _read_json(self.component_path(name) / file)
+        return self._json(self.component_path(name) / file)
+
+    def setting(self, name: str, key: str, file: str = "config.json") -> Any:
+        """One value of a component's configuration; raises ConfigurationError if it is not there."""
+        config = self.config(name, file)
+        if key not in config:
+            raise ConfigurationError(
+                f"{self.component_path(name) / file} has no {key!r}; is it a {self.pipeline_class}?"
+            )
+        return config[key]
 
     def require_safetensors(self, name: str) -> None:
         """Refuse a component that only has pickled weights.
@@ -76,6 +86,11 @@ class Checkpoint:
                 "and call save_pretrained(folder, safe_serialization=True)"
             )
         raise ConfigurationError(f"{path} has no *.safetensors file; the download may be incomplete")
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        if path not in self._read:
+            self._read[path] = _read_json(path)
+        return self._read[path]
 
 
 def open_checkpoint(model_path: str) -> Checkpoint:
@@ -106,12 +121,15 @@ def _is_hub_id(model_path: str) -> bool:
 
 def _hub_folder(model_path: str) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     cache = Path(constants.HF_HUB_CACHE) / f"models--{model_path.replace('/', '--')}"
     looked_for = f"looked for the folder {Path(model_path).absolute()} and the hub cache {cache}"
     try:
         return Path(snapshot_download(model_path, local_files_only=True))
+    except HFValidationError:
+        # No hub id after all; the caller says which folder is missing.
+        return Path(model_path)
     except LocalEntryNotFoundError:
         pass
     if constants.HF_HUB_OFFLINE:

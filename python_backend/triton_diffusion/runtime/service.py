@@ -27,6 +27,7 @@ from triton_diffusion.errors import (
     StageError,
     WorkerGroupError,
     from_wire,
+    to_wire,
 )
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
@@ -64,6 +65,18 @@ _TICKS_IN_FLIGHT = 2
 # A request that was in flight at this many deaths of its group is taken for their cause.
 _MAX_ATTEMPTS = 2
 _ENDED = Progress(step=0, total=0, elapsed_s=0.0, remaining_s=None, ended=True)
+
+
+def _guarded(on_answer: OnAnswer) -> OnAnswer:
+    """`on_answer`, whose exceptions end in the log: a response sender may raise when its client has gone away."""
+
+    def tell(answer: Answer) -> None:
+        try:
+            on_answer(answer)
+        except Exception:
+            logger.exception("an answer could not be delivered")
+
+    return tell
 
 
 @dataclass
@@ -135,7 +148,7 @@ class StageService:
 
     def submit(self, blob: bytes, on_answer: OnAnswer) -> None:
         """Hand in a state, a progress query or a cancel order; `on_answer` is called exactly once, whatever happens."""
-        if not self._call(lambda: self._take(blob, on_answer)):
+        if not self._call(lambda: self._take(blob, _guarded(on_answer))):
             on_answer(self._shutting_down())
 
     def metrics(self) -> StageMetrics:
@@ -305,13 +318,15 @@ class StageService:
     def _tick_done(self, group: WorkerGroup, done: TickDone) -> None:
         self._metrics.ticks_total += 1
         self._metrics.tick_seconds_total += done.duration_s
+        # A request that was cancelled and sent again under its old id has nothing to do with the ticks from before.
+        concerned = self._scheduler.requests_in(done.tick_id)
         for request_id, wire in done.failed.items():
-            if request_id in self._requests:
+            if request_id in concerned:
                 group.send(DropRequest(request_id=request_id))
                 self._end(request_id, from_wire(*wire))
         finished = self._scheduler.finish_tick(done.tick_id, done.duration_s)
         for request_id, preview in done.previews.items():
-            if request_id in self._requests:
+            if request_id in concerned and request_id in self._requests:
                 request = self._requests[request_id]
                 request.preview, request.preview_step = preview, self._scheduler.entry(request_id).step
         for request_id, request in self._requests.items():
@@ -333,6 +348,10 @@ class StageService:
                     self._cancel(request_id, on_answer)
         except DiffusionError as error:
             on_answer(error)
+        except Exception as error:
+            # This thread serves every request, so none may end it.
+            logger.exception("%s: a request could not be taken", self._stage_model)
+            on_answer(from_wire(*to_wire(error)))
 
     def _admit(self, blob: bytes, state: RequestState, on_answer: OnAnswer) -> None:
         if state.request_id in self._requests:

@@ -8,7 +8,7 @@ row that has done its last step makes room at once. Rows are taken first come, f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from triton_diffusion.errors import QueueFullError
 
@@ -55,6 +55,8 @@ class Entry:
     """For each row, steps that have come back."""
     steps_s: list[float] = field(default_factory=list)
     """Duration of each step of row 0."""
+    alone: bool = False
+    """Shares no batch: it was running when a replica died, and may be the cause."""
 
     def __post_init__(self) -> None:
         self.restart()
@@ -182,17 +184,33 @@ class Scheduler:
         return [request_id for request_id in touched if self._entries[request_id].is_done]
 
     def remove(self, request_id: str) -> Entry:
-        """Take out a request that has ended, failed or was cancelled; raises KeyError when it is not here."""
-        return self._entries.pop(request_id)
+        """Take out a request that has ended, failed or was cancelled; raises KeyError when it is not here.
+
+        Ticks that are out forget its rows: they do not count for a later request of the same id.
+        """
+        entry = self._entries.pop(request_id)
+        for tick_id, tick in self._ticks.items():
+            rows = tuple(row for row in tick.rows if row[0] != request_id)
+            self._ticks[tick_id] = replace(tick, rows=rows)
+        return entry
+
+    def requests_in(self, tick_id: int) -> set[str]:
+        """The requests of a tick that is out; those that were removed meanwhile do not count."""
+        tick = self._ticks.get(tick_id)
+        return {request_id for request_id, _ in tick.rows} if tick else set()
 
     def reset_replica(self, replica: int) -> list[str]:
-        """Start the requests of a replica anew: its ranks have lost them. Returns those that had been started."""
+        """Start the requests of a replica anew: its ranks have lost them. Returns those that had been started.
+
+        These run alone from now on, so that one which kills its ranks again takes no other down with it.
+        """
         for tick_id in [tick.tick_id for tick in self._ticks.values() if tick.replica == replica]:
             del self._ticks[tick_id]
         lost = []
         for request_id, entry in self._entries.items():
             if entry.replica == replica and entry.started_s is not None:
                 entry.restart()
+                entry.alone = True
                 lost.append(request_id)
         return lost
 
@@ -207,8 +225,10 @@ class Scheduler:
             waiting = [index for index, planned in enumerate(entry.planned) if planned < entry.work.num_steps]
             if entry.replica != replica or not waiting or batch_key not in (None, entry.work.batch_key):
                 continue
-            if not self._step_batching:
-                return [(request_id, index) for index in waiting]
+            if entry.alone and rows:
+                continue
+            if entry.alone or not self._step_batching:
+                return [(request_id, index) for index in waiting[: self._max_batch_size]]
             batch_key = entry.work.batch_key
             rows += [(request_id, index) for index in waiting[: self._max_batch_size - len(rows)]]
             if len(rows) == self._max_batch_size:

@@ -26,6 +26,9 @@ class ConditioningStage(PipelineStage[StageRequest]):
             raise StageError("the state has no embeddings; call text_encoding first")
         if item.request.uses_guidance and not any(name.startswith(NEGATIVE) for name in item.inputs):
             raise StageError(f"guidance_scale={item.request.guidance_scale} needs embeddings of the negative prompt")
+        for name, tensor in item.inputs.items():
+            if tensor.ndim < 2 or tensor.shape[0] != 1:
+                raise StageError(f"tensor {name!r} has shape {list(tensor.shape)}; one prompt has shape [1, ...]")
 
     def forward(self, batch: Sequence[StageRequest]) -> None:
         """Set `conditioning` of every request."""

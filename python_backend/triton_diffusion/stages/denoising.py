@@ -17,7 +17,7 @@ from triton_diffusion.stages.base import DenoiseRow, StageParallelism, StageRequ
 class _Batch:
     """The conditioning of some rows, stacked; it stays the same until a row joins or leaves."""
 
-    keys: tuple[str, ...]
+    rows: tuple[DenoiseRow, ...]
     guided: list[int]
     """Positions of the rows that need an unconditional prediction; those follow behind the conditional ones."""
     conditioning: dict[str, torch.Tensor]
@@ -88,14 +88,15 @@ class DenoisingStage(TickStage[DenoiseRow]):
         return {"latents": torch.cat(previews)}
 
     def _stack(self, batch: Sequence[DenoiseRow]) -> _Batch:
-        keys = tuple(row.key for row in batch)
-        if keys == self._last_batch.keys:
-            return self._last_batch
+        last = self._last_batch
+        # The very same rows: another request may have taken the id of one that has ended.
+        if len(batch) == len(last.rows) and all(row is other for row, other in zip(batch, last.rows, strict=True)):
+            return last
         guided = [index for index, row in enumerate(batch) if row.negative_conditioning is not None]
         parts = [row.conditioning for row in batch]
         parts += [negative for row in batch if (negative := row.negative_conditioning) is not None]
         conditioning = {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
-        self._last_batch = _Batch(keys, guided, conditioning)
+        self._last_batch = _Batch(tuple(batch), guided, conditioning)
         return self._last_batch
 
 

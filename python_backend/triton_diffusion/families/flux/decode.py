@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from triton_diffusion.families.flux.family import PATCH_SIZE, vae_scale_factor
+from triton_diffusion.families.flux.family import pixels_per_token
 from triton_diffusion.families.flux.packing import unpack_latents
 from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest
@@ -13,8 +13,8 @@ from triton_diffusion.request import GenerationRequest
 def decode(components: Components, latents: torch.Tensor, request: GenerationRequest) -> torch.Tensor:
     """Pictures uint8 (B, H, W, 3) of packed latents (B, S, C)."""
     vae = components["vae"]
-    pixels_per_token = vae_scale_factor(vae.config) * PATCH_SIZE
-    latents = unpack_latents(latents, request.height // pixels_per_token, request.width // pixels_per_token)
+    size = pixels_per_token(components.checkpoint)
+    latents = unpack_latents(latents, request.height // size, request.width // size)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
     pictures = vae.decode(latents.to(vae.device), return_dict=False)[0]
     # Range -1..1 to 0..1 in the compute dtype, then rounded in float32: the order of diffusers' VaeImageProcessor.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from triton_diffusion.families.flux.family import PATCH_SIZE, vae_scale_factor
+from triton_diffusion.families.flux.family import PATCH_SIZE, pixels_per_token
 from triton_diffusion.families.flux.packing import pack_latents
 from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest
@@ -79,8 +79,8 @@ def predict(
 
 
 def _token_grid(components: Components, request: GenerationRequest) -> tuple[int, int]:
-    pixels_per_token = vae_scale_factor(components.checkpoint.config("vae")) * PATCH_SIZE
-    return request.height // pixels_per_token, request.width // pixels_per_token
+    size = pixels_per_token(components.checkpoint)
+    return request.height // size, request.width // size
 
 
 def _resolution_shift(config: Mapping[str, Any], image_seq_len: int) -> float:

@@ -14,10 +14,11 @@ PATCH_SIZE = 2
 LONGEST_SEQUENCE_LENGTH = 512
 
 
-def vae_scale_factor(vae_config: dict[str, list[int]]) -> int:
-    """Pixels of the picture to one of the latents, along one side."""
-    factor: int = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    return factor
+def pixels_per_token(checkpoint: Checkpoint) -> int:
+    """Pixels along one side of the square that one token stands for."""
+    halvings = len(checkpoint.setting("vae", "block_out_channels")) - 1
+    size: int = PATCH_SIZE * 2**halvings
+    return size
 
 
 class FluxFamily(ModelFamily):
@@ -36,29 +37,26 @@ class FluxFamily(ModelFamily):
 
         A checkpoint that neither takes a guidance scale nor shifts its schedule is distilled to few steps (schnell): 4.
         """
-        vae = checkpoint.config("vae")
-        transformer = checkpoint.config("transformer")
         schedule = checkpoint.config("scheduler", "scheduler_config.json")
-        tokenizer = checkpoint.config("tokenizer_2", "tokenizer_config.json")
-        guidance_distilled = bool(transformer["guidance_embeds"])
+        text_length = int(checkpoint.setting("tokenizer_2", "model_max_length", "tokenizer_config.json"))
+        guidance_distilled = bool(checkpoint.setting("transformer", "guidance_embeds"))
         few_steps = not guidance_distilled and not schedule.get("use_dynamic_shifting")
-        size = int(vae["sample_size"])
+        size = int(checkpoint.setting("vae", "sample_size"))
         return RequestDefaults(
             height=size,
             width=size,
-            size_multiple=vae_scale_factor(vae) * PATCH_SIZE,
+            size_multiple=pixels_per_token(checkpoint),
             num_inference_steps=4 if few_steps else 28,
             guidance_scale=1.0,
             embedded_guidance_scale=3.5 if guidance_distilled else None,
-            max_sequence_length=min(LONGEST_SEQUENCE_LENGTH, int(tokenizer["model_max_length"])),
+            max_sequence_length=min(LONGEST_SEQUENCE_LENGTH, text_length),
             longest_sequence_length=LONGEST_SEQUENCE_LENGTH,
         )
 
     def num_tokens(self, request: GenerationRequest, checkpoint: Checkpoint) -> int:
         """Text tokens and 2 x 2 patches of the latents."""
-        pixels_per_token = vae_scale_factor(checkpoint.config("vae")) * PATCH_SIZE
-        image_tokens = (request.height // pixels_per_token) * (request.width // pixels_per_token)
-        return request.max_sequence_length + image_tokens
+        size = pixels_per_token(checkpoint)
+        return request.max_sequence_length + (request.height // size) * (request.width // size)
 
 
 FAMILY = FluxFamily()

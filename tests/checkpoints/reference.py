@@ -1,0 +1,44 @@
+"""The reference: diffusers' FluxPipeline on the same checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+
+from triton_diffusion.request import GenerationRequest
+
+
+class Reference:
+    """FluxPipeline in float32 on the CPU, asked in the words of our request."""
+
+    def __init__(self, folder: Path) -> None:
+        self._pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def latents(self, request: GenerationRequest) -> torch.Tensor:
+        """(num_outputs, S, C)."""
+        latents: torch.Tensor = self._run(request, "latent")
+        return latents
+
+    def pictures(self, request: GenerationRequest) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """uint8 (num_outputs, H, W, 3)."""
+        return np.stack([np.asarray(picture) for picture in self._run(request, "pil")])
+
+    def _run(self, request: GenerationRequest, output_type: str) -> Any:
+        return self._pipeline(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt if request.uses_guidance else None,
+            true_cfg_scale=request.guidance_scale,
+            guidance_scale=request.embedded_guidance_scale,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.num_inference_steps,
+            num_images_per_prompt=request.num_outputs,
+            generator=[torch.Generator().manual_seed(seed) for seed in request.output_seeds],
+            max_sequence_length=request.max_sequence_length,
+            output_type=output_type,
+        ).images

@@ -1,0 +1,94 @@
+"""Stage services with real rank processes. A rank takes seconds to start, so tests share services where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from triton_diffusion.config import StageConfig
+from triton_diffusion.errors import DiffusionError
+from triton_diffusion.runtime.service import Answer, StageService
+from triton_diffusion.runtime.work import STAGE_MODELS
+from triton_diffusion.state import (
+    CancelOrder,
+    Progress,
+    ProgressQuery,
+    read_progress,
+    write_cancel_order,
+    write_progress_query,
+)
+
+TIMEOUT_S = 60
+
+
+class Caller:
+    """Asks a service, and waits for its answers."""
+
+    def __init__(self, service: StageService) -> None:
+        self.service = service
+
+    def send(self, blob: bytes) -> Future[Answer]:
+        """Hand in a blob; an answer that comes twice fails in the service's thread."""
+        future: Future[Answer] = Future()
+        self.service.submit(blob, future.set_result)
+        return future
+
+    def run(self, blob: bytes) -> bytes:
+        """The result of a request; raises its error."""
+        return result_of(self.send(blob))
+
+    def cancel(self, request_id: str) -> Progress:
+        return read_progress(self.run(write_cancel_order(CancelOrder(request_id))))[0]
+
+    def progress(self, request_id: str, after_step: int) -> tuple[Progress, bytes | None]:
+        """Waits until the request has done more than `after_step` steps."""
+        return read_progress(self.run(write_progress_query(ProgressQuery(request_id, after_step))))
+
+    def pids(self, replica: int = 0) -> list[int]:
+        """The rank processes of a replica, rank 0 first."""
+        group = self.service._replicas[replica].group
+        return [] if group is None else group.pids
+
+
+def result_of(future: Future[Answer]) -> bytes:
+    answer = future.result(TIMEOUT_S)
+    if isinstance(answer, DiffusionError):
+        raise answer
+    return answer
+
+
+def error_of(future: Future[Answer]) -> DiffusionError:
+    answer = future.result(TIMEOUT_S)
+    assert isinstance(answer, DiffusionError), "it has a result"
+    return answer
+
+
+@contextmanager
+def run_service(stage_model: str, folder: Path, **values: Any) -> Iterator[Caller]:
+    """A service that has started."""
+    settings: dict[str, Any] = {
+        "model_path": str(folder),
+        "dtype": "float32",
+        "num_threads": 1,
+        "startup_timeout_s": 120.0,
+    }
+    service = StageService(stage_model, StageConfig(**settings | values))
+    service.start()
+    try:
+        yield Caller(service)
+    finally:
+        service.stop()
+
+
+@contextmanager
+def run_services(folder: Path, **values: Any) -> Iterator[dict[str, Caller]]:
+    """All stage models, started at the same time."""
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+
+        def start(stage_model: str) -> Caller:
+            return stack.enter_context(run_service(stage_model, folder, **values))
+
+        yield dict(zip(STAGE_MODELS, pool.map(start, STAGE_MODELS), strict=True))
