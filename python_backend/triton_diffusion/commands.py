@@ -15,6 +15,8 @@ from typing import get_args
 from triton_diffusion import repository
 from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, StageConfig
 from triton_diffusion.errors import ConfigurationError
+from triton_diffusion.families.registry import find_family
+from triton_diffusion.loading.checkpoint import DEMO, open_checkpoint
 from triton_diffusion.server import StartProgress, TritonServer, describe_exit
 
 _LOG_ARGUMENTS = {
@@ -144,16 +146,15 @@ def _settings(args: argparse.Namespace) -> dict[str, str]:
 
 def _absolute_if_folder(model_path: str) -> str:
     folder = Path(model_path).expanduser()
-    if model_path != "demo" and folder.is_dir():
-        return str(folder.resolve())
-    if model_path.startswith((".", "/", "~")):
-        raise ConfigurationError(f"model_path={model_path!r} is not a folder; name a checkpoint in diffusers layout")
-    return model_path
+    return str(folder.resolve()) if model_path != DEMO and folder.is_dir() else model_path
 
 
 def _serve(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.model_repository is None:
+        # A checkpoint that cannot be served is better known before a server starts; a hub id is downloaded here.
+        checkpoint = open_checkpoint(settings.get("model_path", DEMO))
+        find_family(checkpoint).defaults(checkpoint)
         with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
             repository.build_repository(folder, settings)
             # Our files are complete; completing them would start every model twice.

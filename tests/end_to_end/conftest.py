@@ -84,9 +84,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def run_server(folder: Path, settings: dict[str, str], **options: Any) -> Iterator[RunningServer]:
     """A server of its own with certain parameters; on the way out nothing of it may be left."""
     repository = build_repository(folder / "models", settings)
+    before = shared_memory()
     with TritonServer(repository, log_file=folder / "server.log", exit_timeout_s=20, **options) as process:
         process.wait_until_ready(180)
         pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         yield RunningServer(process, process.http_address, process.grpc_address)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
-    assert not list(Path("/dev/shm").glob(f"triton_diffusion_{os.getpid()}_*"))
+    assert not shared_memory() - before
+
+
+def shared_memory() -> set[Path]:
+    """Segments in /dev/shm of the servers that this process started."""
+    return set(Path("/dev/shm").glob(f"triton_diffusion_{os.getpid()}_*"))

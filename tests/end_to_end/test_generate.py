@@ -165,10 +165,11 @@ def test_the_metrics_page_counts_requests_and_steps_of_every_stage(server: Runni
     before = read()
     server.infer(prompt=PROMPT, num_inference_steps=7)
     deadline = time.monotonic() + 10
-    done = 'diffusion_requests_done_total{model="decoding"}'
+    done = 'diffusion_requests_done_total{model="denoising"}'
     while (after := read())[done] == before[done]:
         assert time.monotonic() < deadline, "the metrics were not published"
         time.sleep(0.2)
+    assert after[done] - before[done] == 1
     assert after['diffusion_ticks_total{model="denoising"}'] - before['diffusion_ticks_total{model="denoising"}'] == 7
     assert after['diffusion_queue_depth{model="denoising"}'] == 0
     assert after['diffusion_ready_replicas{model="denoising"}'] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from triton_diffusion import commands
 from triton_diffusion.config import ChainConfig, StageConfig
+from triton_diffusion.loading.checkpoint import DEMO_CHECKPOINT
 
 
 class ServerDouble:
@@ -102,21 +104,29 @@ def test_calls_to_the_stages_have_as_many_threads_as_requests(starts) -> None:
 
 
 def test_a_relative_checkpoint_folder_becomes_absolute(starts, tmp_path, monkeypatch) -> None:
-    (tmp_path / "checkpoint").mkdir()
+    shutil.copytree(DEMO_CHECKPOINT, tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)
     serve("--model-path", "checkpoint")
     assert f'string_value: "{tmp_path / "checkpoint"}"' in starts[0]["configs"]["denoising"]
 
 
-def test_a_hub_id_stays_as_it_is(starts) -> None:
-    serve("--model-path", "black-forest-labs/FLUX.1-schnell")
-    assert 'string_value: "black-forest-labs/FLUX.1-schnell"' in starts[0]["configs"]["denoising"]
+def test_a_hub_id_stays_as_it_is(tmp_path) -> None:
+    assert build(str(tmp_path / "models"), "--model-path", "black-forest-labs/FLUX.1-schnell") == 0
+    config = (tmp_path / "models" / "denoising" / "config.pbtxt").read_text()
+    assert 'string_value: "black-forest-labs/FLUX.1-schnell"' in config
+
+
+def test_a_checkpoint_of_an_unknown_family_is_refused_before_a_server_starts(starts, tmp_path, capsys) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ShapEPipeline"}')
+    assert serve("--model-path", str(tmp_path)) == 2
+    assert "ShapEPipeline, which no family here serves; known ones are FluxPipeline" in capsys.readouterr().err
+    assert not starts
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model-path", "/no/such/folder"], "model_path='/no/such/folder' is not a folder"),
+        (["--model-path", "/no/such/folder"], "there is no folder /no/such/folder"),
         (["--set", "dtype"], "--set 'dtype' must be NAME=VALUE"),
         (["--set", "dtpye=float32"], "did you mean dtype?"),
         (["--num-gpus", "0"], "num_gpus=0 must be greater than 0"),
