@@ -10,7 +10,6 @@ A stopped run goes on where it was when it is started again with the same flags.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -40,16 +39,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="folder of the training's state, for going on after a stop (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="fixes weights, pictures, captions and noise (default: %(default)s)")
-    add("--autoencoder-steps", type=int, default=3200, help="(default: %(default)s)")
-    add("--transformer-steps", type=int, default=5000, help="(default: %(default)s)")
-    add("--pictures", type=int, default=24_000, help="pictures the transformer learns from (default: %(default)s)")
+    add("--autoencoder-steps", type=int, default=1750, help="(default: %(default)s)")
+    add("--transformer-steps", type=int, default=8000, help="(default: %(default)s)")
+    add("--pictures", type=int, default=16_000, help="pictures the transformer learns from (default: %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=shutil.which("g++") is not None,
-        help="torch.compile the transformer, a sixth faster; needs a C++ compiler (default: where there is one)",
-    )
     add("--evaluate", action="store_true", help="train nothing: evaluate the checkpoint in --output")
     add("--snapshot", action="store_true", help="train nothing: save what the state in --work-dir has learnt so far")
     add("--prompts", type=int, default=200, help="held-out prompts to evaluate with (default: %(default)s)")
@@ -72,9 +65,7 @@ def train(options: argparse.Namespace) -> None:
     )
     tokenizers = text.train_tokenizers(options.seed)
     vae = autoencoder.train_autoencoder(vae_settings, options.work_dir)
-    model = transformer.train_transformer(
-        vae, tokenizers, settings, options.work_dir, compile_model=options.compile, snapshot=options.snapshot
-    )
+    model = transformer.train_transformer(vae, tokenizers, settings, options.work_dir, snapshot=options.snapshot)
     size_bytes = checkpoint.save_checkpoint(options.output, vae=vae, model=model, tokenizers=tokenizers)
     print(f"saved {options.output}: {size_bytes / 1e6:.1f} MB of weights")
 

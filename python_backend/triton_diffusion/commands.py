@@ -15,7 +15,7 @@ from typing import get_args
 from triton_diffusion import repository
 from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, StageConfig
 from triton_diffusion.errors import ConfigurationError
-from triton_diffusion.families.registry import find_family
+from triton_diffusion.families.registry import check_checkpoint
 from triton_diffusion.loading.checkpoint import DEMO, open_checkpoint
 from triton_diffusion.server import StartProgress, TritonServer, describe_exit
 
@@ -25,6 +25,8 @@ _LOG_ARGUMENTS = {
     "warning": ["--log-info=false"],
     "error": ["--log-info=false", "--log-warning=false"],
 }
+# Our files are complete; completing them would start every model twice.
+_COMPLETE = ["--disable-auto-complete-config"]
 _DEFAULTS = {field.name: field.default for config in (ChainConfig, StageConfig) for field in fields(config)}
 
 
@@ -153,21 +155,18 @@ def _serve(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.model_repository is None:
         # A checkpoint that cannot be served is better known before a server starts; a hub id is downloaded here.
-        checkpoint = open_checkpoint(settings.get("model_path", DEMO))
-        find_family(checkpoint).defaults(checkpoint)
+        check_checkpoint(open_checkpoint(settings.get("model_path", DEMO)))
         with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
             repository.build_repository(folder, settings)
-            # Our files are complete; completing them would start every model twice.
-            return _run_server(
-                args, Path(folder), settings, ["--disable-auto-complete-config"], temporary_folders=[folder]
-            )
+            return _run_server(args, Path(folder), settings, _COMPLETE, temporary_folders=[folder])
     ineffective = sorted(set(settings) - {"startup_timeout_s"})
     if ineffective:
         raise ConfigurationError(
             f"{', '.join(ineffective)} cannot be set with --model-repository={args.model_repository}; "
             "set it in that folder's config.pbtxt files, or leave out --model-repository"
         )
-    return _run_server(args, Path(args.model_repository), settings, [])
+    given = Path(args.model_repository)
+    return _run_server(args, given, settings, _COMPLETE if repository.is_built(given) else [])
 
 
 def _run_server(
@@ -188,7 +187,7 @@ def _run_server(
         executable=args.tritonserver,
         log_file=args.log_file,
         exit_timeout_s=args.exit_timeout_s,
-        thread_pool_size=max(64, max_concurrent_requests),
+        thread_pool_size=2 * max_concurrent_requests + 16,
         extra_arguments=[*arguments, *_LOG_ARGUMENTS[args.log_level], *args.tritonserver_arguments],
         temporary_folders=temporary_folders,
     )

@@ -13,6 +13,15 @@ from triton_diffusion.errors import ConfigurationError, nearest_name_hint
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DenoisingLoop = Literal["step_batching", "reference"]
 
+# Above these a request is surely a mistake, whatever the deployment allows.
+HIGHEST = {
+    "height": 65_536,
+    "width": 65_536,
+    "num_inference_steps": 1_000_000,
+    "num_outputs": 1000,
+    "max_sequence_length": 65_536,
+}
+
 _Config = TypeVar("_Config", "StageConfig", "ChainConfig")
 
 
@@ -117,6 +126,8 @@ class ChainConfig:
             value = getattr(self, field.name)
             if isinstance(value, int):
                 _require(value > 0, f"{field.name}={value} must be greater than 0")
+                highest = HIGHEST.get(field.name.removeprefix("max_"), value)
+                _require(value <= highest, f"{field.name}={value} must be at most {highest}")
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ChainConfig:

@@ -54,6 +54,11 @@ def build_repository(destination: str | Path, settings: Mapping[str, str], *, fo
     return destination
 
 
+def is_built(folder: Path) -> bool:
+    """Whether `build_repository` wrote this folder."""
+    return (folder / _MARKER).is_file()
+
+
 def _read(path: Path) -> Any:
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())

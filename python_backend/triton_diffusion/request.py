@@ -9,19 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from triton_diffusion.config import ChainConfig
+from triton_diffusion.config import HIGHEST, ChainConfig
 from triton_diffusion.errors import InvalidRequestError, nearest_name_hint
 
 OUTPUT_FORMATS = ("b64_png", "b64_jpeg", "b64_webp", "png", "jpeg", "webp", "raw")
 MAX_SEED = 2**63 - 1
-# Above these a request is surely a mistake, whatever the deployment allows.
-_HIGHEST = {
-    "height": 65_536,
-    "width": 65_536,
-    "num_inference_steps": 1_000_000,
-    "num_outputs": 1000,
-    "max_sequence_length": 65_536,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +55,7 @@ class GenerationRequest:
         Raises:
             ValueError: a count is out of bounds or a scale is not finite.
         """
-        for name, highest in _HIGHEST.items():
+        for name, highest in HIGHEST.items():
             if not 1 <= getattr(self, name) <= highest:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 1 and {highest}")
         if self.preview_interval < 0 or not 0 <= self.seed <= MAX_SEED:
@@ -163,6 +155,8 @@ def _check_size(height: int, width: int, defaults: RequestDefaults, limits: Chai
                 f"{name}={value} must be a positive multiple of {multiple} for this model; "
                 f"try {lower} or {lower + multiple}"
             )
+        if value > HIGHEST[name]:
+            raise InvalidRequestError(f"{name}={value} must be at most {HIGHEST[name]}; ask for a smaller picture")
     if height * width > limits.max_pixels:
         raise InvalidRequestError(
             f"height={height} x width={width} is {height * width} pixels; this server allows {limits.max_pixels} "

@@ -65,7 +65,7 @@ class TritonServer:
         executable: str | Path | None = None,
         log_file: str | Path | None = None,
         exit_timeout_s: int = 300,
-        thread_pool_size: int = 64,
+        thread_pool_size: int = 144,
         extra_arguments: Sequence[str] = (),
         temporary_folders: Sequence[str | Path] = (),
     ) -> None:

@@ -1,4 +1,4 @@
-"""The demo checkpoint's two tokenizers and text encoders: FLUX's CLIP and T5, of one layer of paint each."""
+"""The demo checkpoint's two tokenizers and text encoders: CLIP and T5 as in FLUX.1, of two layers each."""
 
 from __future__ import annotations
 
@@ -62,12 +62,14 @@ def _train_clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
         show_progress=False,
     )
-    # Every letter also once at the end of a word, so that no word is unknown.
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator([*captions, *(" ".join(_ALPHABET.lower()) for _ in range(10))], trainer)
     vocabulary = bpe.get_vocab()
-    for letter in letters:
-        vocabulary.setdefault(letter + "</w>", len(vocabulary))
+    # Every letter also once at the end of a word, so that no word is unknown. The trainer numbers these differently in
+    # every process: sorted, a resumed training meets the tokens it knows.
+    letters = sorted(letter + "</w>" for letter in pre_tokenizers.ByteLevel.alphabet())
+    numbers = sorted(vocabulary.pop(letter) for letter in letters if letter in vocabulary)
+    numbers += range(len(vocabulary) + len(numbers), len(vocabulary) + len(letters))
+    vocabulary.update(zip(letters, numbers, strict=True))
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 

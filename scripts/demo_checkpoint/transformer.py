@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Iterator
@@ -99,8 +100,11 @@ class TrainingExamples:
     """(N, 64, 64): 64 tokens of 64 channels each, scaled as the transformer sees them."""
 
 
-def make_examples(autoencoder: AutoencoderKL, settings: TransformerSettings, path: Path) -> TrainingExamples:
-    """Draw and encode the training pictures, or read the latents from an earlier run at `path`."""
+def make_examples(autoencoder: AutoencoderKL, settings: TransformerSettings, work_dir: Path) -> TrainingExamples:
+    """Draw and encode the training pictures, or read the latents that an earlier run left in `work_dir`."""
+    weights = autoencoder.quant_conv.weight.detach().numpy().tobytes()
+    made_from = hashlib.sha256(weights + f"{settings.seed} {settings.pictures}".encode()).hexdigest()[:12]
+    path = work_dir / f"latents_{made_from}.pt"
     drawn = scenes.random_scenes(settings.pictures, settings.seed + 1, held_out=False)
     if path.exists():
         return TrainingExamples(scenes=drawn, latents=torch.load(path, weights_only=True))
@@ -130,7 +134,6 @@ def train_transformer(
     settings: TransformerSettings,
     work_dir: Path,
     *,
-    compile_model: bool,
     snapshot: bool = False,
 ) -> TextToLatents:
     """Train, or go on from the state in `work_dir`; return the model with averaged weights.
@@ -144,9 +147,7 @@ def train_transformer(
     progress = SavedProgress(work_dir / "transformer.pt", model, averaged, optimizers)
     done = progress.load(vars(settings))
     if done < settings.steps and not snapshot:
-        examples = make_examples(autoencoder, settings, work_dir / "latents.pt")
-        if compile_model:
-            model.transformer.compile()
+        examples = make_examples(autoencoder, settings, work_dir)
         for step in _steps(model, tokenizers, optimizers, examples, settings, done):
             averaged.update(step)
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == settings.steps:

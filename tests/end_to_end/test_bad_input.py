@@ -31,6 +31,7 @@ BAD_INPUTS = [
     ({"width": -128}, "width=-128 must be a positive multiple of 16"),
     ({"height": 16384, "width": 16384}, "this server allows 4194304"),
     ({"height": INT32_MAX - 15}, "must be a positive multiple|this server allows"),
+    ({"height": 16, "width": 131072}, "width=131072 must be at most 65536"),
     ({"num_inference_steps": 0}, "num_inference_steps=0 must be between 1 and 200"),
     ({"num_inference_steps": 201}, "num_inference_steps=201 must be between 1 and 200"),
     ({"guidance_scale": -1.0}, "guidance_scale=-1.0 must be a finite number"),
@@ -130,8 +131,8 @@ def _random_inputs(rng: random.Random) -> dict[str, np.ndarray]:
     }
     choices: dict[str, list[Any]] = {
         "negative_prompt": ["", "a star", b"\xff"],
-        "height": [16, 32, 48, 7, 0, -16, 2**20, INT32_MAX],
-        "width": [16, 32, 48, 7, 0, -16, 2**20, INT32_MAX],
+        "height": [16, 32, 48, 7, 0, -16, 131072, 2**20, INT32_MAX],
+        "width": [16, 32, 48, 7, 0, -16, 131072, 2**20, INT32_MAX],
         "num_inference_steps": [1, 2, 0, -5, INT32_MAX],
         "guidance_scale": [1.0, 2.0, -1.0, float("nan"), float("inf"), 1e30],
         "embedded_guidance_scale": [1.0, float("-inf")],

@@ -49,6 +49,26 @@ def test_a_full_chain_refuses_with_unavailable_and_recovers(tmp_path: Path) -> N
         next(servers)
 
 
+def test_admitted_requests_are_finished_when_the_server_is_told_to_end(tmp_path: Path) -> None:
+    servers = run_server(tmp_path, {})
+    server = next(servers)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [
+            pool.submit(server.infer, protocol=protocol, prompt=PROMPT, num_inference_steps=150)
+            for protocol in ("grpc", "http")
+        ]
+        time.sleep(1)
+        server.process.terminate()
+        time.sleep(0.3)
+        with pytest.raises(InferenceServerException):
+            server.infer(prompt=PROMPT, num_inference_steps=1)
+        for future in futures:
+            assert len(future.result(timeout=120).as_numpy("generated_image")) == 1
+    assert server.process.wait(60) == 0
+    with pytest.raises(StopIteration):
+        next(servers)
+
+
 def test_no_process_outlives_a_server_that_is_killed(tmp_path: Path) -> None:
     servers = run_server(tmp_path, {})
     server = next(servers)

@@ -324,6 +324,40 @@ def test_requests_that_ran_when_a_replica_died_run_alone_afterwards() -> None:
     assert [row_names(rows_of(scheduler)) for _ in range(3)] == ["a0", "b0", "c0 d0"]
 
 
+def test_a_suspect_is_never_out_together_with_another_request() -> None:
+    scheduler = make_scheduler()
+    for name in ("a", "b"):
+        scheduler.submit(work(name, steps=2))
+    scheduler.next_tick(0)
+    scheduler.reset_replica(0)
+    ticks = [scheduler.next_tick(0) for _ in range(3)]
+    assert [tick.rows if tick else None for tick in ticks] == [(("a", 0),), (("a", 0),), None]
+    assert scheduler.reset_replica(0) == ["a"]
+
+
+def test_no_request_goes_to_a_replica_that_is_down_while_another_is_up() -> None:
+    scheduler = make_scheduler(num_replicas=2)
+    scheduler.submit(work("before"))
+    scheduler.next_tick(0)
+    scheduler.reset_replica(0)
+    scheduler.set_available(0, False)
+    for name in "abcd":
+        scheduler.submit(work(name))
+    assert {entry.replica for entry in scheduler.entries()} == {1}
+    scheduler.set_available(0, True)
+    scheduler.submit(work("after"))
+    assert scheduler.entry("after").replica == 0
+
+
+def test_requests_wait_where_they_are_when_every_replica_is_down() -> None:
+    scheduler = make_scheduler()
+    scheduler.submit(work("a"))
+    scheduler.set_available(0, False)
+    scheduler.submit(work("b"))
+    scheduler.set_available(0, True)
+    assert row_names(rows_of(scheduler)) == "a0 b0"
+
+
 def test_a_tick_from_before_a_reset_does_not_count() -> None:
     scheduler = make_scheduler()
     scheduler.submit(work("a", steps=2))

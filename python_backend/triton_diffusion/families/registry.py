@@ -20,3 +20,14 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
         f"{checkpoint.path} is a checkpoint of {checkpoint.pipeline_class}, which no family here serves; "
         f"known ones are {known}"
     )
+
+
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """Find out from its files alone whether a checkpoint can be served; raises ConfigurationError."""
+    family = find_family(checkpoint)
+    family.defaults(checkpoint)
+    for names in family.stage_components.values():
+        for name in names:
+            # Models have a config.json, tokenizers and noise schedulers have files of other names.
+            if (checkpoint.component_path(name) / "config.json").is_file():
+                checkpoint.require_safetensors(name)

@@ -85,7 +85,9 @@ class Checkpoint:
                 "so they are not loaded; convert them once where you trust them: load the pipeline with diffusers "
                 "and call save_pretrained(folder, safe_serialization=True)"
             )
-        raise ConfigurationError(f"{path} has no *.safetensors file; the download may be incomplete")
+        raise ConfigurationError(
+            f"{path} has no *.safetensors file: the checkpoint is incomplete; run `hf download` again, or copy it whole"
+        )
 
     def _json(self, path: Path) -> dict[str, Any]:
         if path not in self._read:

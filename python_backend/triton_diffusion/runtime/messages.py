@@ -35,12 +35,6 @@ class Shutdown(Message, frozen=True, kw_only=True):
     """To the ranks: end."""
 
 
-class StoreListening(Message, frozen=True, kw_only=True):
-    """From rank 0: where the other ranks find the rendezvous store."""
-
-    port: int
-
-
 class GroupReady(Message, frozen=True, kw_only=True):
     """From rank 0: every rank has loaded its components."""
 
@@ -69,7 +63,7 @@ class TickDone(Message, frozen=True, kw_only=True):
 
 
 ToRanks = AdmitRequest | RunTick | DropRequest | Shutdown
-FromRanks = StoreListening | GroupReady | GroupFailed | TickDone
+FromRanks = GroupReady | GroupFailed | TickDone
 
 _encoder = msgspec.msgpack.Encoder()
 _to_ranks: msgspec.msgpack.Decoder[ToRanks] = msgspec.msgpack.Decoder(ToRanks)
@@ -92,7 +86,7 @@ def decode_from_ranks(data: bytes) -> FromRanks:
 
 
 class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
-    """First line on a rank's standard input: all it needs to know to start."""
+    """The one line on a rank's standard input: all it needs to know to start."""
 
     stage_model: str
     model_path: str
@@ -101,12 +95,11 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     group_size: int
     replica: int
+    max_batch_size: int
     run_dir: str
     endpoint: str
     """ZMQ endpoint of the service; rank 0 connects to it."""
-
-
-class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
-    """Second line on the standard input of ranks above 0."""
-
     store_port: int
+    """Loopback port of the store that the ranks meet at."""
+    store_fd: int
+    """The listening socket of that port; rank 0 has inherited it."""

@@ -1,11 +1,12 @@
 """The main program of one rank: `python -m triton_diffusion.runtime.rank`, started by a WorkerGroup.
 
-Standard input is the life line: its first line says what to run, and its end means that the Triton process is gone,
+Standard input is the life line: its one line says what to run, and its end means that the Triton process is gone,
 whatever it died of. A rank then ends at once, and rank 0 removes the folder with the group's socket.
 """
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
@@ -32,10 +33,8 @@ from triton_diffusion.runtime.messages import (
     GroupFailed,
     GroupReady,
     RankLaunch,
-    Rendezvous,
     RunTick,
     Shutdown,
-    StoreListening,
 )
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.stages.plan import make_plan
@@ -53,9 +52,14 @@ def main() -> int:
     torch.set_num_threads(launch.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     channel = _ServiceChannel(launch) if launch.rank == 0 else None
-    store = _rendezvous(launch, lifeline, channel)
     threading.Thread(target=_end_with_service, args=(lifeline, launch), daemon=True).start()
-    group = RankGroup(rank=launch.rank, size=launch.group_size, device=device, store=store)
+    if (missing := _missing_gpu()) is not None:
+        # Before the ranks meet: on unlike devices they could not even agree that they have failed.
+        logger.error("%s", missing)
+        if channel is not None:
+            channel.send(GroupFailed(message=missing))
+        return 1
+    group = RankGroup(rank=launch.rank, size=launch.group_size, device=device, store=_rendezvous(launch))
     executor = _load(launch, group, channel)
     if executor is None:
         return 1
@@ -79,16 +83,31 @@ class _ServiceChannel:
         return self._socket.recv()
 
 
-def _rendezvous(launch: RankLaunch, lifeline: BinaryIO, channel: _ServiceChannel | None) -> Store | None:
-    """The store that the ranks meet at: rank 0 hosts it on a port that the system chose, the service hands that on."""
+def _rendezvous(launch: RankLaunch) -> Store | None:
+    """The store that the ranks of a group meet at; rank 0 serves it on the socket that the service opened."""
     if launch.group_size == 1:
         return None
-    if channel is not None:
-        store = TCPStore("127.0.0.1", 0, launch.group_size, is_master=True, wait_for_workers=False)
-        channel.send(StoreListening(port=store.port))
-        return store
-    rendezvous = msgspec.json.decode(lifeline.readline(), type=Rendezvous)
-    return TCPStore("127.0.0.1", rendezvous.store_port, launch.group_size, is_master=False)
+    if launch.rank != 0:
+        return TCPStore("127.0.0.1", launch.store_port, launch.group_size, is_master=False)
+    return TCPStore(
+        "127.0.0.1",
+        launch.store_port,
+        launch.group_size,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=launch.store_fd,
+    )
+
+
+def _missing_gpu() -> str | None:
+    """What is wrong if this rank was given a GPU that it cannot use, though the machine has some."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not wanted or torch.cuda.is_available() or not glob.glob("/dev/nvidia[0-9]*"):
+        return None
+    return (
+        f"GPU {wanted} is not usable, though this machine has GPUs; check num_gpus, gpu_device_ids and "
+        "CUDA_VISIBLE_DEVICES (set it empty to run on the CPU)"
+    )
 
 
 def _end_with_service(lifeline: BinaryIO, launch: RankLaunch) -> None:
@@ -111,7 +130,9 @@ def _load(launch: RankLaunch, group: RankGroup, channel: _ServiceChannel | None)
         family = find_family(checkpoint)
         names = family.stage_components[launch.stage_model]
         components = load_components(checkpoint, names, dtype=dtype, device=group.device)
-        executor = RankExecutor(launch.stage_model, make_plan(launch.stage_model, family, components), group)
+        executor = RankExecutor(
+            launch.stage_model, make_plan(launch.stage_model, family, components, launch.max_batch_size), group
+        )
     except Exception as error:
         if not isinstance(error, DiffusionError):
             logger.exception("loading failed")

@@ -104,6 +104,8 @@ class RankExecutor:
         failed = self._attempt(requests, lambda: run_stage(self._plan.on_tick, self._items(rows), self._group))
         if failed and len(requests) > 1:
             failed = {}
+            if self._group.device.type == "cuda":
+                torch.cuda.empty_cache()
             for request_id in requests:
                 own = self._items([row for row in rows if row[0] == request_id])
                 failed |= self._attempt([request_id], partial(run_stage, self._plan.on_tick, own, self._group))
@@ -121,7 +123,8 @@ class RankExecutor:
             run()
         except Exception as error:
             logger.exception("%s failed", self._plan.on_tick.name)
-            failures = dict.fromkeys(request_ids, error)
+            # Not the exception itself: its traceback would keep the tensors of the failed pass while it is tried again.
+            failures = dict.fromkeys(request_ids, from_wire(*to_wire(error)))
         return self._group.agree(failures)
 
     def _drop(self, request_ids: Iterable[str]) -> None:

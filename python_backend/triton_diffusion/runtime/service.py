@@ -127,11 +127,15 @@ class StageService:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._readable: set[zmq.Socket[bytes] | int] = set()
         self._replicas = [_Replica(index) for index in range(config.num_replicas)]
         self._started: queue.SimpleQueue[DiffusionError | None] = queue.SimpleQueue()
         self._has_started = False
         self._stopping = False
         self._closed = False
+        self._broken: StageError | None = None
         self._thread = threading.Thread(target=self._run, name=f"{stage_model}-service", daemon=True)
 
     def start(self) -> None:
@@ -175,7 +179,9 @@ class StageService:
             os.eventfd_write(self._wake_fd, 1)
             return True
 
-    def _shutting_down(self) -> ShuttingDownError:
+    def _shutting_down(self) -> DiffusionError:
+        if self._broken is not None:
+            return self._broken
         return ShuttingDownError(f"{self._stage_model} is being unloaded; try again")
 
     def _begin_stop(self) -> None:
@@ -189,14 +195,18 @@ class StageService:
                 self._turn()
         except BaseException as error:
             logger.exception("the service of %s broke down", self._stage_model)
-            self._started.put(StageError(f"the service of {self._stage_model} broke down: {error!r}"))
+            self._broken = StageError(f"the service of {self._stage_model} broke down, reload the model: {error!r}")
+            self._started.put(self._broken)
         finally:
             self._close()
 
     def _close(self) -> None:
         for replica in self._replicas:
             if replica.group is not None:
-                replica.group.stop(graceful=replica.ready)
+                try:
+                    replica.group.stop(graceful=replica.ready)
+                except Exception:
+                    logger.exception("%s: replica %d did not stop in order", self._stage_model, replica.index)
         with self._inbox_lock:
             self._closed = True
         self._drain_inbox()
@@ -219,14 +229,9 @@ class StageService:
         self._wait()
 
     def _wait(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wake_fd, zmq.POLLIN)
-        for replica in self._replicas:
-            if replica.group is not None:
-                for source in (replica.group.socket, *replica.group.pidfds):
-                    poller.register(source, zmq.POLLIN)
         # Deadlines and back-off count only while a group is not up.
-        poller.poll(None if all(replica.ready for replica in self._replicas) else 200)
+        timeout_ms = None if all(replica.ready for replica in self._replicas) else 200
+        self._readable = {source for source, _ in self._poller.poll(timeout_ms)}
 
     def _drain_inbox(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -244,6 +249,8 @@ class StageService:
             replica=replica.index,
             context=self._context,
         )
+        for source in replica.group.sources:
+            self._poller.register(source, zmq.POLLIN)
         replica.failure = None
         replica.start_deadline_s = time.monotonic() + self._config.startup_timeout_s
         logger.info("%s: starting replica %d, pids %s", self._stage_model, replica.index, replica.group.pids)
@@ -258,7 +265,7 @@ class StageService:
                 case TickDone():
                     replica.in_flight -= 1
                     self._tick_done(group, message)
-        if (death := group.describe_death()) is not None:
+        if self._readable.intersection(group.pidfds) and (death := group.describe_death()) is not None:
             self._group_died(replica, group, death)
         elif not replica.ready and time.monotonic() > replica.start_deadline_s:
             self._group_died(replica, group, f"did not load within startup_timeout_s={self._config.startup_timeout_s}")
@@ -266,6 +273,7 @@ class StageService:
     def _group_ready(self, replica: _Replica, message: GroupReady) -> None:
         replica.ready = True
         replica.failed_starts = 0
+        self._scheduler.set_available(replica.index, True)
         logger.info(
             "%s: replica %d is ready on %s in %s after %.1f s",
             self._stage_model,
@@ -282,6 +290,8 @@ class StageService:
         """Replace a group that is gone, and run its requests again; before the first start is over, give up."""
         reason = f"replica {replica.index} of {self._stage_model}: {replica.failure or death}"
         logger.error("%s", reason)
+        for source in group.sources:
+            self._poller.unregister(source)
         group.stop(graceful=False)
         self._metrics.restarts_total += self._has_started
         loaded = replica.ready
@@ -297,6 +307,7 @@ class StageService:
                 self._end(request_id, WorkerGroupError(f"{reason}; this request was running each time, it is given up"))
             else:
                 logger.warning("%s: request %s starts anew", self._stage_model, request_id)
+        self._scheduler.set_available(replica.index, False)
         if not loaded:
             replica.failed_starts += 1
             for request_id in self._scheduler.requests_of(replica.index):

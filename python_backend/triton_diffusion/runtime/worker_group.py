@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import zmq
 
 from triton_diffusion.config import StageConfig
 from triton_diffusion.runtime import messages
-from triton_diffusion.runtime.messages import FromRanks, Message, RankLaunch, Rendezvous, Shutdown, StoreListening
+from triton_diffusion.runtime.messages import FromRanks, Message, RankLaunch, Shutdown
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ class _Rank:
 class WorkerGroup:
     """The ranks of one replica.
 
-    `socket` and `pidfds` are for the service's poller: the first has messages of rank 0, one of the others becomes
-    readable when its rank has died.
+    `sources` are for the service's poller: the socket has messages of rank 0, and each of `pidfds` becomes readable
+    when its rank has died.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class WorkerGroup:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.bind(self._endpoint)
-        self._ranks = [self._spawn(rank) for rank in range(config.ranks_per_replica)]
+        # The ranks meet at a store on a free port: opened here, so that nobody takes it, and served by rank 0.
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._ranks = [self._spawn(rank, listener) for rank in range(config.ranks_per_replica)]
 
     @property
     def pidfds(self) -> list[int]:
@@ -64,24 +67,31 @@ class WorkerGroup:
         return [rank.pidfd for rank in self._ranks]
 
     @property
+    def sources(self) -> list[zmq.Socket[bytes] | int]:
+        """All that the service's poller shall watch."""
+        return [self.socket, *self.pidfds]
+
+    @property
     def pids(self) -> list[int]:
         """Process ids, rank 0 first."""
         return [rank.process.pid for rank in self._ranks]
 
     def send(self, message: Message) -> None:
-        """Queue a message for rank 0; never blocks."""
-        self.socket.send(messages.encode(message), zmq.NOBLOCK)
+        """Queue a message for rank 0; never blocks.
+
+        A rank 0 that has closed its socket is on its way out: it is ended here, and `describe_death` tells of it.
+        """
+        try:
+            self.socket.send(messages.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            self._ranks[0].process.kill()
 
     def receive(self) -> FromRanks | None:
         """The next message for the service, or None when there is none yet."""
         try:
-            message = messages.decode_from_ranks(self.socket.recv(zmq.NOBLOCK))
+            return messages.decode_from_ranks(self.socket.recv(zmq.NOBLOCK))
         except zmq.Again:
             return None
-        if isinstance(message, StoreListening):
-            for rank in self._ranks[1:]:
-                _write_line(rank.process, Rendezvous(store_port=message.port))
-        return message
 
     def describe_death(self) -> str | None:
         """Which ranks have ended and how, or None while all are alive."""
@@ -111,7 +121,7 @@ class WorkerGroup:
         self.socket.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
-    def _spawn(self, rank: int) -> _Rank:
+    def _spawn(self, rank: int, listener: socket.socket) -> _Rank:
         launch = RankLaunch(
             stage_model=self._stage_model,
             model_path=self._model_path,
@@ -120,13 +130,17 @@ class WorkerGroup:
             rank=rank,
             group_size=self._config.ranks_per_replica,
             replica=self.replica,
+            max_batch_size=self._config.max_batch_size,
             run_dir=self._run_dir,
             endpoint=self._endpoint,
+            store_port=listener.getsockname()[1],
+            store_fd=listener.fileno(),
         )
         device_id = self._config.device_ids()[self.replica][rank]
         process = subprocess.Popen(
             [sys.executable, "-m", "triton_diffusion.runtime.rank"],
             stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()] if rank == 0 else [],
             env=_rank_environment(os.environ, device_id, launch.num_threads),
         )
         _write_line(process, launch)
@@ -143,13 +157,26 @@ def _rank_environment(base: Mapping[str, str], device_id: str, num_threads: int)
         {"OMP_WAIT_POLICY": "PASSIVE"}
         | dict(base)
         | {
-            "CUDA_VISIBLE_DEVICES": device_id,
+            "CUDA_VISIBLE_DEVICES": _visible_device(base, device_id),
+            "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": str(num_threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TQDM_DISABLE": "1",
         }
     )
+
+
+def _visible_device(base: Mapping[str, str], device_id: str) -> str:
+    """Ids count within what the operator made visible, as everywhere in CUDA; an empty list switches GPUs off."""
+    visible = base.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not device_id.isdigit():
+        return device_id
+    ids = [item.strip() for item in visible.split(",") if item.strip()]
+    if not ids:
+        return ""
+    # -1 is no device: the rank says that it is missing.
+    return ids[int(device_id)] if int(device_id) < len(ids) else "-1"
 
 
 def _write_line(process: subprocess.Popen[bytes], value: msgspec.Struct) -> None:

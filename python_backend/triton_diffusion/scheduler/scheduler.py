@@ -104,6 +104,7 @@ class Scheduler:
         clock: seconds, monotonic.
         """
         self._num_replicas = num_replicas
+        self._available = set(range(num_replicas))
         self._max_queue_size = max_queue_size
         self._max_batch_size = max_batch_size
         self._step_batching = step_batching
@@ -139,10 +140,7 @@ class Scheduler:
             )
         if work.request_id in self._entries:
             raise ValueError(f"request {work.request_id!r} is here already")
-        left = [0] * self._num_replicas
-        for entry in self._entries.values():
-            left[entry.replica] += entry.work_left
-        self._entries[work.request_id] = Entry(work, left.index(min(left)), self._clock())
+        self._entries[work.request_id] = Entry(work, self._least_loaded(), self._clock())
 
     def next_tick(self, replica: int) -> Tick | None:
         """The batch that `replica` shall run next, or None when it has nothing to do.
@@ -150,7 +148,10 @@ class Scheduler:
         May be called while earlier ticks are still out: their steps count as planned.
         """
         rows = self._choose_rows(replica)
-        if not rows:
+        chosen = {request_id for request_id, _ in rows}
+        out = {request_id for tick in self._ticks.values() if tick.replica == replica for request_id, _ in tick.rows}
+        is_suspect_among_others = out - chosen and any(self._entries[key].alone for key in out | chosen)
+        if not rows or is_suspect_among_others:
             return None
         admissions = []
         for request_id, _ in rows:
@@ -214,9 +215,26 @@ class Scheduler:
                 lost.append(request_id)
         return lost
 
+    def set_available(self, replica: int, available: bool) -> None:
+        """Say whether a replica takes work; what waits for one that does not goes to those that do."""
+        if available:
+            self._available.add(replica)
+            return
+        self._available.discard(replica)
+        for entry in self._entries.values():
+            if self._available and entry.replica == replica and entry.started_s is None:
+                entry.replica = self._least_loaded()
+
     def requests_of(self, replica: int) -> list[str]:
         """The requests that are placed on a replica."""
         return [request_id for request_id, entry in self._entries.items() if entry.replica == replica]
+
+    def _least_loaded(self) -> int:
+        left = dict.fromkeys(sorted(self._available) or range(self._num_replicas), 0)
+        for entry in self._entries.values():
+            if entry.replica in left:
+                left[entry.replica] += entry.work_left
+        return min(left, key=left.__getitem__)
 
     def _choose_rows(self, replica: int) -> list[RowId]:
         rows: list[RowId] = []

@@ -39,7 +39,7 @@ class DenoiseRow:
     """
 
     key: str
-    """Names this row among all others, so that a batch can tell whether it is the one of the last step."""
+    """For messages: request and number of the row."""
     latents: torch.Tensor
     noise_scheduler: Any
     timesteps: torch.Tensor

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -17,9 +19,11 @@ class DecodingStage(TickStage[StageRequest]):
 
     name = "decoding"
 
-    def __init__(self, family: ModelFamily, components: Components) -> None:
+    def __init__(self, family: ModelFamily, components: Components, max_batch_size: int) -> None:
         self._decode = family.decode
         self._components = components
+        self._max_batch_size = max_batch_size
+        self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
 
     def items(self, request: StageRequest, row: int) -> StageRequest:
         """A request is one row here."""
@@ -33,7 +37,9 @@ class DecodingStage(TickStage[StageRequest]):
         """Outputs: pictures uint8 (num_outputs, H, W, 3)."""
         components = self._components
         latents = torch.cat([item.inputs["latents"] for item in batch]).to(components.device, components.dtype)
-        pictures = self._decode.decode(components, latents, batch[0].request)
+        # A request is one row, whatever its number of pictures.
+        parts = latents.split(self._max_batch_size)
+        pictures = torch.cat([self._decode.decode(components, part, batch[0].request) for part in parts])
         start = 0
         for item in batch:
             end = start + item.inputs["latents"].shape[0]
@@ -44,6 +50,11 @@ class DecodingStage(TickStage[StageRequest]):
         """Replace the pictures by encoded ones, media.0, media.1, ..., unless raw ones were asked for."""
         if request.request.output_format == "raw":
             return
-        for index, picture in enumerate(request.outputs.pop("pictures")):
-            data = encode_picture(picture.numpy(), request.request.output_format, request.request.output_quality)
+        encode = partial(
+            encode_picture,
+            output_format=request.request.output_format,
+            quality=request.request.output_quality,
+        )
+        files = self._threads.map(encode, request.outputs.pop("pictures").numpy())
+        for index, data in enumerate(files):
             request.outputs[f"media.{index}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)

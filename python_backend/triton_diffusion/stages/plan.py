@@ -26,7 +26,7 @@ class StagePlan:
     """Run at every tick that has a row of the request."""
 
 
-def make_plan(stage_model: str, family: ModelFamily, components: Components) -> StagePlan:
+def make_plan(stage_model: str, family: ModelFamily, components: Components, max_batch_size: int) -> StagePlan:
     """The plan of the stage model "text_encoding", "denoising" or "decoding"."""
     match stage_model:
         case "text_encoding":
@@ -41,6 +41,6 @@ def make_plan(stage_model: str, family: ModelFamily, components: Components) -> 
                 DenoisingStage(family, components),
             )
         case "decoding":
-            return StagePlan((), DecodingStage(family, components))
+            return StagePlan((), DecodingStage(family, components, max_batch_size))
         case _:
             raise ValueError(f"there is no stage model {stage_model!r}")

@@ -74,9 +74,11 @@ class ChainModel:
             raise pb_utils.TritonModelException(str(error)) from error
         self._validation = InputValidationStage(defaults, self._config)
         self._threads = ThreadPoolExecutor(self._config.max_concurrent_requests, "request")
-        self._helpers = ThreadPoolExecutor(self._config.max_concurrent_requests, "stage-call")
+        # A stream has its stage call and a preview under way.
+        self._helpers = ThreadPoolExecutor(2 * self._config.max_concurrent_requests, "stage-call")
         self._jobs: dict[str, _Job] = {}
         self._jobs_lock = threading.Lock()
+        self._has_jobs = threading.Event()
         self._scope = uuid.uuid4().hex
         self._counter = itertools.count()
         self._stopping = threading.Event()
@@ -99,12 +101,14 @@ class ChainModel:
         self._threads.shutdown()
         self._helpers.shutdown()
         self._stopping.set()
+        self._has_jobs.set()
         self._watcher.join()
 
     def _register(self, job: _Job) -> None:
         with self._jobs_lock:
             full = len(self._jobs) >= self._config.max_concurrent_requests
             self._jobs[job.request_id] = job
+            self._has_jobs.set()
         if full:
             raise QueueFullError(
                 f"{self._config.max_concurrent_requests} requests run already "
@@ -115,6 +119,8 @@ class ChainModel:
         """The one place where a request ends."""
         with self._jobs_lock:
             del self._jobs[job.request_id]
+            if not self._jobs:
+                self._has_jobs.clear()
         job.finish(response)
 
     def _run(self, job: _Job, given: dict[str, Any]) -> None:
@@ -146,6 +152,24 @@ class ChainModel:
         started_s = time.monotonic()
         result = self._helpers.submit(self._denoise, job, blob)
         previews: list[Future[None]] = []
+        try:
+            step = self._follow(job, result, previews)
+            denoised = result.result()
+        except BaseException:
+            # Nobody waits for these steps any more.
+            job.cancel_reason = job.cancel_reason or "its stream broke"
+            self._cancel(job, self._config.denoising_model)
+            raise
+        finally:
+            wait([result])
+            wait(previews)
+        # The last steps, if the result came before the answer to the question about them.
+        total = request.num_inference_steps
+        self._send_progress(job, step, Progress(total, total, time.monotonic() - started_s, 0.0))
+        return denoised
+
+    def _follow(self, job: _Job, result: Future[bytes], previews: list[Future[None]]) -> int:
+        """Send progress until there is a result; returns the last step that was told."""
         step = 0
         while not result.done():
             progress, preview = self._ask_progress(job, step)
@@ -157,13 +181,7 @@ class ChainModel:
             if preview is not None:
                 previews.append(self._helpers.submit(self._send_preview, job, preview, progress))
             step = progress.step
-        denoised = result.result()
-        # The last steps, if the result came before the answer to the question about them.
-        total = request.num_inference_steps
-        self._send_progress(job, step, Progress(total, total, time.monotonic() - started_s, 0.0))
-        for sent in previews:
-            sent.result()
-        return denoised
+        return step
 
     def _send_progress(self, job: _Job, last_step: int, progress: Progress) -> None:
         """One message for each step since `last_step`."""
@@ -202,12 +220,17 @@ class ChainModel:
 
     def _watch_cancellation(self) -> None:
         while not self._stopping.wait(_CANCEL_POLL_S):
+            self._has_jobs.wait()
             with self._jobs_lock:
                 jobs = list(self._jobs.values())
             for job in jobs:
-                model = job.stage_model
-                if job.notice_cancel() and model is not None:
-                    self._cancel(job, model)
+                try:
+                    model = job.stage_model
+                    if job.notice_cancel() and model is not None:
+                        self._cancel(job, model)
+                except Exception:
+                    # This thread watches over all requests.
+                    logger.exception("request %s: the look after its caller failed", job.request_id)
 
     def _cancel(self, job: _Job, model: str) -> None:
         """Tell a stage; again at every turn until the call returns, since it may not have reached the stage yet."""

@@ -13,6 +13,7 @@ import triton_python_backend_utils as pb_utils
 from triton_diffusion.errors import (
     DiffusionError,
     InvalidRequestError,
+    ShuttingDownError,
     StageError,
     from_wire,
     is_wire_name,
@@ -96,7 +97,11 @@ def stage_error(error: DiffusionError) -> Any:
 def from_stage_error(error: Any) -> DiffusionError:
     """The error that `stage_error` made, or a StageError for one of Triton's own."""
     name, _, message = error.message().partition(": ")
-    return from_wire(name, message) if is_wire_name(name) else StageError(error.message())
+    if is_wire_name(name):
+        return from_wire(name, message)
+    if "Server is stopping" in error.message():
+        return ShuttingDownError("the server is stopping; try again at another one")
+    return StageError(error.message())
 
 
 def send_final(sender: Any, response: Any) -> None:

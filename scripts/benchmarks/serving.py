@@ -1,0 +1,77 @@
+"""A server for the time of a benchmark, and a look at its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+from triton_diffusion.commands import ProgressLine
+from triton_diffusion.repository import build_repository
+from triton_diffusion.server import TritonServer
+
+LOG_FILE = Path("outputs") / "benchmark_tritonserver.log"
+
+
+@contextlib.contextmanager
+def prepared_server(settings: Mapping[str, str]) -> Iterator[TritonServer]:
+    """A server that has not been started, for the models in the repository with `settings`."""
+    with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
+        build_repository(folder, settings)
+        yield TritonServer(
+            folder,
+            log_file=LOG_FILE,
+            exit_timeout_s=30,
+            extra_arguments=["--disable-auto-complete-config"],
+            temporary_folders=[folder],
+        )
+
+
+@contextlib.contextmanager
+def running_server(settings: Mapping[str, str]) -> Iterator[TritonServer]:
+    """A server that is ready."""
+    with prepared_server(settings) as server, server:
+        progress = ProgressLine(is_alone=True)
+        server.wait_until_ready(on_progress=progress.show)
+        progress.end()
+        yield server
+
+
+def named_processes(server: TritonServer) -> dict[str, psutil.Process]:
+    """The processes of a server under names that say what they are for."""
+    root = psutil.Process(server.pid)
+    named = {"tritonserver": root}
+    ranks: Counter[str] = Counter()
+    for process in sorted(root.children(recursive=True), key=lambda each: (each.create_time(), each.pid)):
+        model = _model_of(process)
+        if model is not None:
+            named[f"{model}, stub"] = process
+        elif (parent := process.parent()) is not None and (model := _model_of(parent)) is not None:
+            # A stage starts its ranks in order.
+            named[f"{model}, rank {ranks[model]}"] = process
+            ranks[model] += 1
+        else:
+            named[f"{process.name()} {process.pid}"] = process
+    for child in psutil.Process().children():
+        if any("_server_guard" in word for word in child.cmdline()):
+            named["server guard"] = child
+    return named
+
+
+def _model_of(process: psutil.Process) -> str | None:
+    """The model of a stub, whose second argument is `<repository>/<model>/<version>/model.py`."""
+    arguments = process.cmdline()
+    if len(arguments) > 1 and arguments[1].endswith("/model.py"):
+        return Path(arguments[1]).parts[-3]
+    return None
+
+
+def wait_until_ready(server: TritonServer, *, poll_s: float) -> None:
+    """As the server's own `wait_until_ready`, which looks twice a second, but as often as a timing needs."""
+    while not server.is_ready():
+        if server.wait(poll_s) is not None:
+            server.wait_until_ready()  # starts it again, or says what is wrong
