@@ -21,7 +21,7 @@ COPY pyproject.toml README.md ./
 COPY model_repository ./model_repository
 COPY python_backend ./python_backend
 COPY client ./client
-RUN python3 -m pip install --no-cache-dir --break-system-packages --constraint constraints.txt ".[server]"
+RUN python3 -m pip install --no-cache-dir --break-system-packages --constraint constraints.txt --ignore-installed ".[server]"
 
 # Nothing is written outside /tmp, the checkpoint cache and /dev/shm, so any user will do:
 # docker run --user 1000:1000 ... works too.
@@ -36,5 +36,5 @@ EXPOSE 8000 8001 8002
 HEALTHCHECK --start-period=30m --interval=30s --timeout=10s --retries=3 \
     CMD ["python3", "-c", "import sys, urllib.request; sys.exit(urllib.request.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=5).status != 200)"]
 
-# `docker stop` sends SIGTERM: requests under way are finished first. Give them time with `docker stop --time 300`.
+# `docker stop` sends SIGTERM: requests that are in their last stage are finished, the others are told to try elsewhere.
 ENTRYPOINT ["triton-diffusion", "serve", "--host", "0.0.0.0"]

@@ -162,6 +162,7 @@ def test_the_metrics_page_counts_requests_and_steps_of_every_stage(server: Runni
             lines = [line for line in response.read().decode().splitlines() if line.startswith("diffusion_")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
+    time.sleep(1.5)  # until what earlier tests did has been published
     before = read()
     server.infer(prompt=PROMPT, num_inference_steps=7)
     deadline = time.monotonic() + 10

@@ -21,6 +21,8 @@ from triton_diffusion.errors import (
 )
 
 STATE = "state"
+# What Triton says when a stage is called while the server ends.
+_STOPPING = ("Server not ready", "Server is stopping")
 
 
 def read_parameters(args: Mapping[str, str]) -> dict[str, str]:
@@ -99,7 +101,7 @@ def from_stage_error(error: Any) -> DiffusionError:
     name, _, message = error.message().partition(": ")
     if is_wire_name(name):
         return from_wire(name, message)
-    if "Server is stopping" in error.message():
+    if any(phrase in error.message() for phrase in _STOPPING):
         return ShuttingDownError("the server is stopping; try again at another one")
     return StageError(error.message())
 
