@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from triton_diffusion.runtime.worker_group import _rank_environment
@@ -20,10 +22,17 @@ from triton_diffusion.runtime.worker_group import _rank_environment
 )
 def test_gpu_ids_count_within_what_is_visible(visible: str | None, device_id: str, expected: str) -> None:
     base = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert _rank_environment(base, device_id, 3)["CUDA_VISIBLE_DEVICES"] == expected
+    assert _rank_environment(base, device_id, 3, 0)["CUDA_VISIBLE_DEVICES"] == expected
 
 
-def test_threads_are_bounded_and_do_not_spin_unless_the_operator_says_so() -> None:
-    assert _rank_environment({}, "0", 3)["OMP_NUM_THREADS"] == "3"
-    assert _rank_environment({}, "0", 3)["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert _rank_environment({"OMP_WAIT_POLICY": "ACTIVE"}, "0", 3)["OMP_WAIT_POLICY"] == "ACTIVE"
+def test_each_thread_of_a_rank_on_the_cpu_has_a_core_unless_the_operator_says_otherwise() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    environment = _rank_environment({}, "0", 2, first_core=1)
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["OMP_PROC_BIND"] == "true"
+    assert environment["OMP_PLACES"] == f"{{{cores[1 % len(cores)]}}},{{{cores[2 % len(cores)]}}}"
+    assert _rank_environment({"OMP_PROC_BIND": "false"}, "0", 2, 0)["OMP_PROC_BIND"] == "false"
+
+
+def test_a_rank_of_one_thread_is_not_bound_to_a_core() -> None:
+    assert "OMP_PROC_BIND" not in _rank_environment({}, "0", 1, 0)

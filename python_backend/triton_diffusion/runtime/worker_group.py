@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
@@ -136,35 +137,44 @@ class WorkerGroup:
             store_port=listener.getsockname()[1],
             store_fd=listener.fileno(),
         )
+        first_core = (self.replica * self._config.ranks_per_replica + rank) * launch.num_threads
         device_id = self._config.device_ids()[self.replica][rank]
         process = subprocess.Popen(
             [sys.executable, "-m", "triton_diffusion.runtime.rank"],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()] if rank == 0 else [],
-            env=_rank_environment(os.environ, device_id, launch.num_threads),
+            env=_rank_environment(os.environ, device_id, launch.num_threads, first_core),
         )
         _write_line(process, launch)
         return _Rank(process, os.pidfd_open(process.pid))
 
 
-def _rank_environment(base: Mapping[str, str], device_id: str, num_threads: int) -> dict[str, str]:
-    """Read by torch when it is imported, so it must be in place before the process starts.
+def _rank_environment(base: Mapping[str, str], device_id: str, num_threads: int, first_core: int) -> dict[str, str]:
+    """Read by torch when it is imported, so it must be in place before the process starts."""
+    environment = _openmp_variables(num_threads, first_core) | dict(base)
+    return environment | {
+        "CUDA_VISIBLE_DEVICES": _visible_device(base, device_id),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": str(num_threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
 
-    OMP_WAIT_POLICY: the ranks of several stages share the cores. Threads that spin while they wait take the cores from
-    the very threads they wait for: on a busy machine a step of the demo checkpoint then took 0.8 s instead of 12 ms.
+
+def _openmp_variables(num_threads: int, first_core: int) -> dict[str, str]:
+    """How the threads of a rank on the CPU share the cores with other processes; the operator's own settings go first.
+
+    Measured on 2 cores with the demo checkpoint, 20 steps: 343 ms a picture with threads that never spin, 293 ms with
+    OpenMP's defaults, 216 ms like this, and 9.8 instead of 5.5 pictures a second for 16 clients. A thread that every
+    message wakes on its sibling's core waits there for a time slice of milliseconds, at every step: so each has a core.
+    Threads that spin for long take the cores from the ranks of other stages: so they spin for microseconds.
     """
-    return (
-        {"OMP_WAIT_POLICY": "PASSIVE"}
-        | dict(base)
-        | {
-            "CUDA_VISIBLE_DEVICES": _visible_device(base, device_id),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": str(num_threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TQDM_DISABLE": "1",
-        }
-    )
+    if num_threads == 1 or glob.glob("/dev/nvidia[0-9]*"):
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    places = [f"{{{cores[(first_core + index) % len(cores)]}}}" for index in range(num_threads)]
+    return {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(places), "GOMP_SPINCOUNT": "4000"}
 
 
 def _visible_device(base: Mapping[str, str], device_id: str) -> str:
