@@ -14,8 +14,7 @@ from triton_diffusion.loading.components import Components
 def encode_prompts(components: Components, prompts: Sequence[str], max_sequence_length: int) -> list[EncodedPrompt]:
     """Encode B prompts in one pass of each encoder.
 
-    Returns for each prompt prompt_embeds (1, max_sequence_length, D) and pooled_prompt_embeds (1, P). CLIP cuts at its
-    own 77 tokens (tokenizer.model_max_length) without a warning, since T5 still reads the rest.
+    Returns for each prompt prompt_embeds (1, max_sequence_length, D) and pooled_prompt_embeds (1, P).
     """
     clip, t5 = components["text_encoder"], components["text_encoder_2"]
     clip_ids = _token_ids(components["tokenizer"], prompts, components["tokenizer"].model_max_length)
@@ -28,7 +27,7 @@ def encode_prompts(components: Components, prompts: Sequence[str], max_sequence_
                 "prompt_embeds": embeds[index : index + 1],
                 "pooled_prompt_embeds": pooled[index : index + 1],
             },
-            warning=_cut_warning(components["tokenizer_2"], prompt, max_sequence_length),
+            warning=_cut_warning(components, prompt, max_sequence_length),
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -40,11 +39,16 @@ def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Ten
     return ids
 
 
-def _cut_warning(tokenizer: Any, prompt: str, max_sequence_length: int) -> str | None:
-    num_tokens = len(tokenizer(prompt, verbose=False).input_ids)
-    if num_tokens <= max_sequence_length:
-        return None
-    return (
-        f"the prompt has {num_tokens} tokens and was cut to max_sequence_length={max_sequence_length}; "
-        "what stands behind is not drawn"
-    )
+def _cut_warning(components: Components, prompt: str, max_sequence_length: int) -> str | None:
+    warnings = []
+    t5_tokens = len(components["tokenizer_2"](prompt, verbose=False).input_ids)
+    if t5_tokens > max_sequence_length:
+        warnings.append(
+            f"the prompt has {t5_tokens} tokens and was cut to max_sequence_length={max_sequence_length}; "
+            "what stands behind is not drawn"
+        )
+    clip_length = components["tokenizer"].model_max_length
+    clip_tokens = len(components["tokenizer"](prompt, verbose=False).input_ids)
+    if clip_tokens > clip_length:
+        warnings.append(f"CLIP, which sets the general direction, reads {clip_length} of its {clip_tokens} tokens")
+    return "; ".join(warnings) or None

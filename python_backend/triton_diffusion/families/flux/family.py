@@ -33,9 +33,10 @@ class FluxFamily(ModelFamily):
     }
 
     def defaults(self, checkpoint: Checkpoint) -> RequestDefaults:
-        """FluxPipeline's own defaults; the size is the one the autoencoder was trained at.
+        """FluxPipeline's own defaults, but for two that the checkpoint's files know better.
 
-        A checkpoint that neither takes a guidance scale nor shifts its schedule is distilled to few steps (schnell): 4.
+        The size is the one the autoencoder was trained at, the sequence length that of the T5 tokenizer. A checkpoint
+        that neither takes a guidance scale nor shifts its schedule is distilled to few steps (schnell): 4.
         """
         schedule = checkpoint.config("scheduler", "scheduler_config.json")
         text_length = int(checkpoint.setting("tokenizer_2", "model_max_length", "tokenizer_config.json"))
