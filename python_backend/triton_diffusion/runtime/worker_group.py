@@ -142,7 +142,7 @@ class WorkerGroup:
         process = subprocess.Popen(
             [sys.executable, "-m", "triton_diffusion.runtime.rank"],
             stdin=subprocess.PIPE,
-            pass_fds=[listener.fileno()] if rank == 0 else [],
+            pass_fds=[listener.fileno()] if rank == 0 and launch.group_size > 1 else [],
             env=_rank_environment(os.environ, device_id, launch.num_threads, first_core),
         )
         _write_line(process, launch)
