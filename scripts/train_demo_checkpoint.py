@@ -1,4 +1,4 @@
-"""Make the built-in demo checkpoint, a small FLUX of coloured shapes, from nothing: 80 minutes on two cores.
+"""Make the built-in demo checkpoint, a small FLUX of coloured shapes, from nothing: about an hour on two idle cores.
 
     python scripts/train_demo_checkpoint.py                         train, save, evaluate
     python scripts/train_demo_checkpoint.py --evaluate --output F   only evaluate the checkpoint in folder F

@@ -104,7 +104,9 @@ def test_pickled_weights_beside_safetensors_do_no_harm(checkpoint_copy: Path) ->
 
 def test_no_weights_at_all_look_like_a_broken_download(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ConfigurationError, match=r"no .*safetensors file; the download may be incomplete"):
+    with pytest.raises(
+        ConfigurationError, match=r"no .*safetensors file: the checkpoint is incomplete; run `hf download`"
+    ):
         open_checkpoint(str(checkpoint_copy)).require_safetensors("transformer")
 
 

@@ -53,10 +53,15 @@ def write_model(tmp_path: Path) -> WriteModel:
 
 @pytest.fixture
 def leftovers() -> Leftovers:
-    """What is left of a server: the live processes of its group, and the shared memory of its owner."""
+    """What is left of a server: the live processes of its group, and the shared memory of its owner.
+
+    The owner may have had another server before the test began.
+    """
+    before = set(Path("/dev/shm").iterdir())
 
     def find(server_pid: int, owner_pid: int) -> list[str]:
-        shared_memory = [str(path) for path in Path("/dev/shm").glob(f"triton_diffusion_{owner_pid}_*")]
+        segments = set(Path("/dev/shm").glob(f"triton_diffusion_{owner_pid}_*")) - before
+        shared_memory = [str(path) for path in sorted(segments)]
         return shared_memory + [f"process {pid}" for pid in _group_members(server_pid)]
 
     return find

@@ -98,9 +98,9 @@ def test_it_listens_on_loopback_and_tritons_ports_unless_told_otherwise(starts) 
     assert [starts[1][name] for name in names] == ["0.0.0.0", 9000, 9001, 9002]
 
 
-def test_calls_to_the_stages_have_as_many_threads_as_requests(starts) -> None:
+def test_calls_to_the_stages_have_threads_for_a_stage_and_a_question_of_every_request(starts) -> None:
     serve("--set", "max_concurrent_requests=200")
-    assert starts[0]["thread_pool_size"] == 200
+    assert starts[0]["thread_pool_size"] == 416
 
 
 def test_a_relative_checkpoint_folder_becomes_absolute(starts, tmp_path, monkeypatch) -> None:
