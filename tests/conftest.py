@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Nothing here may depend on a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What servers and ranks measure at their start is kept for this run alone.
+_CACHE = tempfile.TemporaryDirectory(prefix="triton-diffusion-test-cache-")
+os.environ["TRITON_DIFFUSION_CACHE"] = _CACHE.name
 # So that tests find the helper package `checkpoints`.
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -23,6 +23,8 @@ def test_every_field_is_read_back_from_its_text(config_class: type[StageConfig] 
         "gpu_device_ids": "4,5;6,7",
         "num_gpus": "4",
         "dp_size": "2",
+        "scheduling_policy": "fifo",
+        "warmup_resolutions": "1024x1024,512x768",
     }
     parameters = {}
     for field in dataclasses.fields(config_class):
@@ -34,8 +36,8 @@ def test_every_field_is_read_back_from_its_text(config_class: type[StageConfig] 
 
 
 def test_an_unknown_parameter_is_refused_with_the_nearest_known_one() -> None:
-    with pytest.raises(ConfigurationError, match=r"'max_batchsize'.*did you mean max_batch_size\?"):
-        StageConfig.from_parameters({"max_batchsize": "4"})
+    with pytest.raises(ConfigurationError, match=r"'max_batchtokens'.*did you mean max_batch_tokens\?"):
+        StageConfig.from_parameters({"max_batchtokens": "4"})
 
 
 def test_a_parameter_of_the_other_model_is_unknown() -> None:
@@ -61,7 +63,7 @@ def test_a_text_that_is_no_value_is_refused_with_what_is_expected(name: str, tex
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["num_gpus", "max_queue_size", "max_batch_size", "startup_timeout_s"])
+@pytest.mark.parametrize("name", ["max_queue_size", "startup_timeout_s", "priority_ageing_s", "slowdown"])
 @pytest.mark.parametrize("text", ["0", "-1"])
 def test_counts_and_times_must_be_positive(name: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}=.*greater than 0"):
@@ -73,7 +75,9 @@ def test_a_timeout_that_is_not_a_number_is_refused() -> None:
         StageConfig.from_parameters({"startup_timeout_s": "nan"})
 
 
-@pytest.mark.parametrize("name", ["dp_size", "num_threads"])
+@pytest.mark.parametrize(
+    "name", ["num_gpus", "dp_size", "num_threads", "max_batch_tokens", "max_queue_cost", "prompt_cache_bytes"]
+)
 def test_zero_chooses_where_a_negative_number_is_refused(name: str) -> None:
     StageConfig.from_parameters({name: "0"})
     with pytest.raises(ConfigurationError, match=f"{name}=-1"):
@@ -119,6 +123,30 @@ def test_gpu_device_ids_name_the_gpus_of_each_replica() -> None:
 def test_gpu_device_ids_of_another_shape_are_refused(ids: str) -> None:
     with pytest.raises(ConfigurationError, match=r"2 replicas.* of 2 ids"):
         StageConfig(num_gpus=4, dp_size=2, gpu_device_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "replicas"), [("0;1", [["0"], ["1"]]), ("0,1;2,3", [["0", "1"], ["2", "3"]]), ("7", [["7"]])]
+)
+def test_gpu_device_ids_alone_say_how_many_replicas_there_are(ids: str, replicas: list[list[str]]) -> None:
+    assert StageConfig(gpu_device_ids=ids).device_ids() == replicas
+
+
+def test_without_any_number_there_is_one_rank() -> None:
+    assert StageConfig().device_ids() == [["0"]]
+    assert StageConfig(dp_size=2).device_ids() == [["0"], ["1"]]
+
+
+def test_warm_up_sizes_are_read_as_width_by_height() -> None:
+    assert StageConfig(warmup_resolutions="1024x512, 64x128").warmup_sizes() == [(512, 1024), (128, 64)]
+    assert StageConfig().warmup_sizes() is None
+    assert StageConfig(warmup_resolutions="none").warmup_sizes() == []
+
+
+@pytest.mark.parametrize("text", ["1024", "1024x", "1024x1024;512x512", "axb", "1024x1024,,", "-1x5"])
+def test_a_warm_up_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="must be WIDTHxHEIGHT"):
+        StageConfig(warmup_resolutions=text)
 
 
 def test_threads_are_shared_between_the_ranks_but_never_none() -> None:

@@ -61,6 +61,9 @@ def test_what_is_given_is_kept() -> None:
         "output_format": "webp",
         "output_quality": 100,
         "preview_interval": 3,
+        "priority": 9,
+        "deadline_s": 12.5,
+        "deadline_action": "drop",
     }
     assert values.keys() == set(INPUT_NAMES)
     assert resolve(**values).to_json() == values
@@ -69,6 +72,32 @@ def test_what_is_given_is_kept() -> None:
 def test_a_request_survives_json() -> None:
     request = resolve(seed=MAX_SEED)
     assert GenerationRequest(**request.to_json()) == request
+
+
+def test_without_priority_and_deadline_a_request_is_one_of_many() -> None:
+    request = resolve()
+    assert (request.priority, request.deadline_s, request.deadline_action) == (5, None, "refuse")
+
+
+@pytest.mark.parametrize("priority", [-1, 10])
+def test_a_priority_is_between_0_and_9(priority: int) -> None:
+    with pytest.raises(InvalidRequestError, match=rf"priority={priority} must be between 0 and 9"):
+        resolve(priority=priority)
+
+
+@pytest.mark.parametrize("deadline_s", [0.0, -1.0, math.nan, math.inf, 1e7])
+def test_a_deadline_must_leave_time(deadline_s: float) -> None:
+    with pytest.raises(InvalidRequestError, match=r"deadline_s=.* must be above 0 and at most 1e\+06 seconds"):
+        resolve(deadline_s=deadline_s)
+
+
+def test_an_unknown_deadline_action_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(InvalidRequestError, match=r"'dorp' must be one of refuse, drop, continue \(did you mean drop"):
+        resolve(deadline_s=1.0, deadline_action="dorp")
+
+
+def test_an_action_without_a_deadline_has_a_warning() -> None:
+    assert warnings_of(deadline_action="drop") == ["deadline_action has no effect without deadline_s"]
 
 
 def test_a_seed_is_drawn_where_none_is_given() -> None:

@@ -28,13 +28,16 @@ from triton_diffusion.state import (
     RequestState,
     StageTimings,
     TensorInfo,
+    make_cancel_key,
     read_metadata,
+    read_num_cancelled,
     read_progress,
     read_stage_input,
     read_state,
     read_tensors,
     replace_metadata,
     write_cancel_order,
+    write_num_cancelled,
     write_progress,
     write_progress_query,
     write_state,
@@ -106,7 +109,7 @@ def test_a_progress_query_survives_the_wire(query: ProgressQuery) -> None:
     assert read_stage_input(write_progress_query(query)) == query
 
 
-@given(st.builds(CancelOrder, TEXT))
+@given(st.builds(CancelOrder, st.lists(TEXT), TEXT))
 def test_a_cancel_order_survives_the_wire(order: CancelOrder) -> None:
     assert read_stage_input(write_cancel_order(order)) == order
 
@@ -253,6 +256,11 @@ def test_a_state_with_other_values_is_read_or_is_an_invalid_request(changed: dic
         {"output_format": {}},
         {"preview_interval": -1},
         {"preview_interval": "2"},
+        {"priority": 10},
+        {"priority": -1},
+        {"priority": "9"},
+        {"deadline_s": "1"},
+        {"deadline_action": "explode"},
     ],
     ids=str,
 )
@@ -268,7 +276,9 @@ def test_a_state_whose_request_no_chain_would_write_is_an_invalid_request(change
         {PROGRESS: '{"request_id": [], "after_step": 0}'},
         {PROGRESS: '{"request_id": "r", "after_step": "0"}'},
         {PROGRESS: '{"request_id": "r", "after_step": NaN}'},
-        {CANCEL: '{"request_id": {}}'},
+        {CANCEL: '{"request_ids": "r"}'},
+        {CANCEL: '{"request_ids": [{}]}'},
+        {CANCEL: '{"cancel_key": ["k"]}'},
         {STATE: json.dumps(state_values(request_id=["r"]))},
         {STATE: json.dumps(state_values(request_id=None))},
         {STATE: json.dumps(state_values(request_id="\ud800"))},
@@ -278,6 +288,21 @@ def test_a_state_whose_request_no_chain_would_write_is_an_invalid_request(change
 def test_a_request_id_or_step_of_the_wrong_type_is_an_invalid_request(metadata: dict[str, str]) -> None:
     with pytest.raises(InvalidRequestError):
         read_stage_input(blob_with_metadata(metadata))
+
+
+# Cancelling by a caller's id.
+
+
+def test_a_cancel_key_needs_the_scope_as_well_as_the_id() -> None:
+    keys = {make_cancel_key(scope, request_id) for scope in ("", "a", "b") for request_id in ("1", "2")}
+    assert len(keys) == 6
+    assert make_cancel_key("a", "1") == make_cancel_key("a", "1")
+    assert make_cancel_key("a", "bc") != make_cancel_key("ab", "c")
+    assert make_cancel_key("scope", "") == "", "a request without an id cannot be named"
+
+
+def test_the_number_of_cancelled_requests_survives_the_wire() -> None:
+    assert read_num_cancelled(write_num_cancelled(3)) == 3
 
 
 # What the Triton processes import.

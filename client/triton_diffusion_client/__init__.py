@@ -7,6 +7,7 @@ from triton_diffusion_client._protocol import GenerationOptions, StreamOptions
 from triton_diffusion_client.async_client import AsyncDiffusionClient
 from triton_diffusion_client.client import DiffusionClient
 from triton_diffusion_client.errors import (
+    DeadlineExceededError,
     DiffusionClientError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -26,6 +27,7 @@ from triton_diffusion_client.results import (
 
 __all__ = [
     "AsyncDiffusionClient",
+    "DeadlineExceededError",
     "DiffusionClient",
     "DiffusionClientError",
     "Event",

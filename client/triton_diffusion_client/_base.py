@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from triton_diffusion_client._protocol import (
     StreamOptions,
     TransportName,
     WireRequest,
+    build_cancel_request,
     build_request,
+    check_text,
     check_timeout,
 )
 from triton_diffusion_client.errors import (
@@ -39,6 +42,8 @@ class BaseClient:
         *,
         model: str = "diffusion",
         stream_model: str = "diffusion_stream",
+        cancellation_model: str = "cancellation",
+        cancel_scope: str | None = None,
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
         ssl: bool = False,
@@ -57,6 +62,8 @@ class BaseClient:
         )
         self._model = model
         self._stream_model = stream_model
+        self._cancellation_model = cancellation_model
+        self._cancel_scope = uuid.uuid4().hex if cancel_scope is None else check_text("cancel_scope", cancel_scope)
         self._timeout_s = check_timeout(timeout_s)
         self._closed = False
         self._prepare_transport()
@@ -68,13 +75,28 @@ class BaseClient:
         return f"{type(self).__name__}({self._connection.address!r}, {self._connection.protocol!r})"
 
     def _build_request(self, prompt: str, options: Mapping[str, Any]) -> WireRequest:
-        self._require_open()
-        return build_request(self._model, prompt, options, allowed=GenerationOptions, default_timeout_s=self._timeout_s)
+        return self._build_picture_request(self._model, prompt, options, GenerationOptions)
 
     def _build_stream_request(self, prompt: str, options: Mapping[str, Any]) -> WireRequest:
+        return self._build_picture_request(self._stream_model, prompt, options, StreamOptions)
+
+    def _build_picture_request(
+        self, model: str, prompt: str, options: Mapping[str, Any], allowed: type[GenerationOptions]
+    ) -> WireRequest:
         self._require_open()
         return build_request(
-            self._stream_model, prompt, options, allowed=StreamOptions, default_timeout_s=self._timeout_s
+            model,
+            prompt,
+            options,
+            allowed=allowed,
+            cancel_scope=self._cancel_scope,
+            default_timeout_s=self._timeout_s,
+        )
+
+    def _build_cancel_request(self, request_id: str) -> WireRequest:
+        self._require_open()
+        return build_cancel_request(
+            self._cancellation_model, request_id, cancel_scope=self._cancel_scope, timeout_s=self._timeout_s
         )
 
     def _require_open(self) -> None:

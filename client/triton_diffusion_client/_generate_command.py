@@ -9,14 +9,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from tqdm import tqdm
 
 from triton_diffusion_client._output_files import OutputFiles, plan_output
 from triton_diffusion_client._protocol import GenerationOptions
+from triton_diffusion_client._terminal import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_INVALID,
+    EXIT_OK,
+    print_error,
+    print_line,
+)
 from triton_diffusion_client.async_client import AsyncDiffusionClient
 from triton_diffusion_client.errors import (
+    DeadlineExceededError,
     DiffusionClientError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -26,11 +35,6 @@ from triton_diffusion_client.results import GeneratedImage, GenerationResult, Pr
 
 if TYPE_CHECKING:
     ProgressBar = tqdm[NoReturn]
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_INVALID = 2
-EXIT_INTERRUPTED = 130
 
 _OPTIONS = (
     "negative_prompt",
@@ -43,6 +47,10 @@ _OPTIONS = (
     "num_images_per_prompt",
     "max_sequence_length",
     "output_quality",
+    "priority",
+    "deadline_s",
+    "deadline_action",
+    "request_id",
 )
 _BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt}{postfix}"
 _MAX_BAR_LABEL_LENGTH = 32
@@ -51,6 +59,11 @@ _MAX_BAR_LABEL_LENGTH = 32
 def generate(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     try:
+        if args.request_id is not None and len(args.prompt) != 1:
+            raise ValueError(
+                f"--request-id {args.request_id} names one request, but {len(args.prompt)} prompts are given; "
+                "give one --prompt, or no --request-id"
+            )
         num_pictures = len(args.prompt) * (args.num_images_per_prompt or 1)
         files = plan_output(args.output, args.output_format, num_pictures)
         return asyncio.run(_generate_all(args, files))
@@ -80,6 +93,7 @@ async def _generate_all(args: argparse.Namespace, files: OutputFiles) -> int:
         args.protocol,
         model=args.model,
         stream_model=args.stream_model,
+        cancel_scope=args.cancel_scope,
         timeout_s=args.timeout_s,
         headers=dict(args.header),
         ssl=args.ssl,
@@ -110,11 +124,14 @@ async def _generate_one(
     except RequestTimeoutError as error:
         print_error(f"{where}{error}; allow more with --timeout-s")
         return EXIT_FAILED
+    except DeadlineExceededError as error:
+        print_error(f"{where}{error}; allow more with --deadline-s, or take it late with --deadline-action continue")
+        return EXIT_FAILED
     except (DiffusionClientError, OSError) as error:
         print_error(f"{where}{error}")
         return EXIT_FAILED
     for warning in result.warnings:
-        _write(f"warning: {where}{warning}", sys.stderr)
+        print_line(f"warning: {where}{warning}", sys.stderr)
     return EXIT_OK
 
 
@@ -136,7 +153,7 @@ async def _stream_one(
                     for data in event.data:
                         path = files.save_preview(data, prompt, event.step)
                         if not args.quiet:
-                            _write(f"preview {path}", sys.stderr)
+                            print_line(f"preview {path}", sys.stderr)
                 else:
                     return event
     raise AssertionError("a stream ends with a result or an error")
@@ -191,19 +208,10 @@ def _report(
             "timings": asdict(timings),
             "warnings": list(result.warnings),
         }
-        _write(json.dumps(fields, ensure_ascii=False), sys.stdout)
+        print_line(json.dumps(fields, ensure_ascii=False), sys.stdout)
     elif args.quiet:
-        _write(str(path), sys.stdout)
+        print_line(str(path), sys.stdout)
     else:
         parts = {"queue": timings.queue_s, **timings.stages_s}
         spent = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
-        _write(f"{path}  seed {image.seed}  {timings.total_s:.2f} s ({spent})", sys.stdout)
-
-
-def _write(line: str, file: TextIO) -> None:
-    tqdm.write(line, file=file)  # moves the bars out of the way
-
-
-def print_error(message: str) -> None:
-    """One line on stderr, however the message was laid out."""
-    _write(f"error: {' '.join(message.split())}", sys.stderr)
+        print_line(f"{path}  seed {image.seed}  {timings.total_s:.2f} s ({spent})", sys.stdout)

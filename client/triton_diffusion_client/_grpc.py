@@ -21,6 +21,7 @@ from triton_diffusion_client.errors import (
     RequestTimeoutError,
     error_from_message,
     error_from_status,
+    is_deadline_exceeded,
 )
 
 _CHANNEL_OPTIONS = [
@@ -55,7 +56,9 @@ def to_infer_request(request: WireRequest) -> service_pb2.ModelInferRequest:
     message = service_pb2.ModelInferRequest(model_name=request.model, id=request.request_id)
     if request.timeout_s is not None:
         message.parameters["timeout"].int64_param = int(request.timeout_s * 1e6)
-    for name, datatype, content in request.tensors(request.output_format):
+    for name, value in request.parameters.items():
+        message.parameters[name].string_param = value
+    for name, datatype, content in request.tensors():
         message.inputs.add(name=name, datatype=datatype, shape=list(content.shape))
         message.raw_input_contents.append(
             serialize_byte_tensor(content).item() if datatype == "BYTES" else content.tobytes()
@@ -69,6 +72,8 @@ def to_client_error(
     """Our exception for an error that gRPC raised."""
     status, message = error.code().name, error.details() or ""
     request_id = None if request is None else request.request_id
+    if is_deadline_exceeded(message):
+        return error_from_status(status, message, request_id)
     if status == "UNAVAILABLE" and any(complaint in message.lower() for complaint in _CONNECTION_COMPLAINTS):
         return connection.unreachable(message, request_id)
     if status == "DEADLINE_EXCEEDED" and request is not None and request.timeout_s is not None:

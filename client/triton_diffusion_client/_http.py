@@ -49,27 +49,30 @@ class HttpRequest:
 def to_infer_request(request: WireRequest) -> HttpRequest:
     """The request for one response, tensors in binary."""
     inputs = []
-    for name, datatype, content in request.tensors(request.output_format):
+    for name, datatype, content in request.tensors():
         tensor = InferInput(name, list(content.shape), datatype)
         tensor.set_data_from_numpy(content)
         inputs.append(tensor)
     timeout_us = None if request.timeout_s is None else int(request.timeout_s * 1e6)
     body, header_length = InferenceServerClient.generate_request_body(
-        inputs, request_id=request.request_id, timeout=timeout_us
+        inputs, request_id=request.request_id, timeout=timeout_us, parameters=dict(request.parameters)
     )
     headers = {"Inference-Header-Content-Length": str(header_length)}
     return HttpRequest(_model_path(request, "infer"), headers, body)
 
 
 def to_stream_request(request: WireRequest) -> HttpRequest:
-    """The request for a stream, all in JSON. Raises ValueError for a format that does not fit into it."""
+    """The request for a stream, all in JSON. Raises ValueError for a format that does not fit into it.
+
+    Triton takes a field that names no input for a parameter of the request.
+    """
     output_format = _TEXT_FORMATS.get(request.output_format, request.output_format)
     if not output_format.startswith("b64_"):
         raise ValueError(
             f"output_format={request.output_format!r} cannot be streamed over HTTP, which carries text; "
             f"use {', '.join(map(repr, _TEXT_FORMATS))}, protocol='grpc', or generate()"
         )
-    fields = {**request.values, "id": request.request_id, "output_format": output_format}
+    fields = {**request.values, **request.parameters, "id": request.request_id, "output_format": output_format}
     headers = {"Content-Type": "application/json"}
     return HttpRequest(_model_path(request, "generate_stream"), headers, json.dumps(fields).encode())
 

@@ -1,7 +1,7 @@
 """What goes over the wire, whatever carries it: arguments to tensors, and tensors to results.
 
-The model `diffusion` answers once; `diffusion_stream` sends progress first. An argument that is not set is not sent:
-the server knows the defaults of its checkpoint.
+The model `diffusion` answers once; `diffusion_stream` sends progress first; `cancellation` cancels what either has in
+work. An argument that is not set is not sent: the server knows the defaults of its checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import operator
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
@@ -32,6 +32,7 @@ from triton_diffusion_client.results import (
 
 TransportName = Literal["grpc", "http"]
 OutputFormat = Literal["png", "jpeg", "webp", "raw"]
+DeadlineAction = Literal["refuse", "drop", "continue"]
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -57,7 +58,15 @@ class GenerationOptions(TypedDict, total=False):
     timeout_s: float | None
     """Longest wait for the whole request, in place of the client's own `timeout_s`; math.inf: none."""
     request_id: str | None
-    """The id under which the server's log names the request; without one the client makes it."""
+    """The id under which the server's log names the request and `cancel` finds it; without one the client makes it."""
+    priority: int | None
+    """0 to 9: requests of 9 go first, those of 0 last; the server's default is 5."""
+    deadline_s: float | None
+    """Seconds after its arrival at the server within which the picture is wanted."""
+    deadline_action: DeadlineAction | None
+    """What becomes of a request that cannot meet `deadline_s`, by the server's estimate: "refuse" (the server's
+    default) refuses it at once, and drops it later if it cannot be met any more; "drop" tries, and drops it once it
+    cannot be met any more; "continue" finishes it late: the deadline only orders the queue."""
 
 
 class StreamOptions(GenerationOptions, total=False):
@@ -80,29 +89,42 @@ _TENSORS = {
     "max_sequence_length": ("max_sequence_length", "INT32"),
     "output_quality": ("output_quality", "INT32"),
     "preview_interval": ("preview_interval", "INT32"),
+    "priority": ("priority", "INT32"),
+    "deadline_s": ("deadline_s", "FP32"),
+    "deadline_action": ("deadline_action", "BYTES"),
 }
+_DATATYPES = {**dict(_TENSORS.values()), "prompt": "BYTES", "output_format": "BYTES", "request_id": "BYTES"}
 _INTEGER_BITS = {"INT32": 32, "INT64": 64}
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WireRequest:
-    """A request as every transport sends it."""
+    """A request as every transport sends it: for pictures, or to cancel such a request."""
 
     model: str
     request_id: str
-    output_format: str
-    """As the caller named it; a transport that carries only text asks for the base64 form."""
+    cancel_scope: str = field(repr=False)
+    """Whoever names it can cancel the request; empty: not sent, the scope of all who name none."""
     timeout_s: float | None
     """None: wait as long as it takes."""
     values: Mapping[str, str | int | float]
-    """By tensor name; each tensor has the shape [1]. The output format is not among them."""
+    """By tensor name; each tensor has the shape [1]."""
 
-    def tensors(self, output_format: str) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    def tensors(self) -> Iterator[tuple[str, str, NDArray[Any]]]:
         """Name, Triton data type and content (shape [1]) of each input tensor."""
-        datatypes = {**dict(_TENSORS.values()), "prompt": "BYTES", "output_format": "BYTES"}
-        for name, value in {**self.values, "output_format": output_format}.items():
-            yield name, datatypes[name], _to_array(value, datatypes[name])
+        for name, value in self.values.items():
+            yield name, _DATATYPES[name], _to_array(value, _DATATYPES[name])
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """Triton's request parameters, but for the time-out, which each transport sends in its own way."""
+        return {"cancel_scope": self.cancel_scope} if self.cancel_scope else {}
+
+    @property
+    def output_format(self) -> str:
+        """As the caller named it; a transport that carries only text asks for the base64 form."""
+        return str(self.values["output_format"])
 
 
 def build_request(
@@ -111,11 +133,12 @@ def build_request(
     options: Mapping[str, Any],
     *,
     allowed: type[GenerationOptions],
+    cancel_scope: str,
     default_timeout_s: float | None,
 ) -> WireRequest:
-    """Check that the arguments can be put on the wire, no more: what they may be is for the server to say.
+    """The request for pictures, of arguments that can be put on the wire: what they may be is for the server to say.
 
-    Raises TypeError or ValueError.
+    Raises TypeError or ValueError for one that cannot.
     """
     for option in options.keys() - allowed.__annotations__.keys():
         nearest = difflib.get_close_matches(option, allowed.__annotations__, n=1)
@@ -125,15 +148,32 @@ def build_request(
     for option, (tensor, datatype) in _TENSORS.items():
         if options.get(option) is not None:
             values[tensor] = _to_wire(option, options[option], datatype)
-    timeout_s = options.get("timeout_s")
     output_format = options.get("output_format")
+    values["output_format"] = _to_wire("output_format", "png" if output_format is None else output_format, "BYTES")
+    timeout_s = options.get("timeout_s")
     return WireRequest(
         model=model,
-        request_id=str(_to_wire("request_id", options.get("request_id") or uuid.uuid4().hex, "BYTES")),
-        output_format=str(_to_wire("output_format", "png" if output_format is None else output_format, "BYTES")),
+        request_id=check_text("request_id", options.get("request_id") or uuid.uuid4().hex),
+        cancel_scope=cancel_scope,
         timeout_s=check_timeout(default_timeout_s if timeout_s is None else timeout_s),
         values=values,
     )
+
+
+def build_cancel_request(model: str, request_id: str, *, cancel_scope: str, timeout_s: float | None) -> WireRequest:
+    """The request that cancels another. Raises TypeError or ValueError for an id that cannot be put on the wire."""
+    return WireRequest(
+        model=model,
+        request_id=uuid.uuid4().hex,
+        cancel_scope=cancel_scope,
+        timeout_s=timeout_s,
+        values={"request_id": check_text("request_id", request_id)},
+    )
+
+
+def check_text(name: str, value: object) -> str:
+    """The text, if it can be put on the wire. Raises TypeError or ValueError."""
+    return str(_to_wire(name, value, "BYTES"))
 
 
 def check_timeout(timeout_s: float | None) -> float | None:
@@ -234,11 +274,7 @@ class EventReader:
             if (timings := _read_json(outputs, "timings")) is not None:
                 return [_read_result(timings, outputs, self._request)]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ServerError(
-                f"the answer of {self._request.model!r} is not one of triton-diffusion "
-                f"({type(error).__name__}: {error}); client and server may be of different versions",
-                request_id=self._request.request_id,
-            ) from error
+            raise _foreign_answer(error, self._request) from error
         return []
 
     def _read_progress(self, content: dict[str, Any], outputs: Outputs) -> list[Event]:
@@ -259,6 +295,22 @@ class EventReader:
             data = tuple(_read_file(preview) for preview in previews.reshape(-1))
             events.append(Preview(step=progress.step, total=progress.total, data=data))
         return events
+
+
+def read_cancelled(outputs: Outputs, request: WireRequest) -> bool:
+    """Whether the cancel request found one to cancel. Raises ServerError if the answer does not say."""
+    try:
+        return bool(_require(outputs, "cancelled").item())
+    except (ValueError, KeyError) as error:
+        raise _foreign_answer(error, request) from error
+
+
+def _foreign_answer(error: Exception, request: WireRequest) -> ServerError:
+    return ServerError(
+        f"the answer of {request.model!r} is not one of triton-diffusion ({type(error).__name__}: {error}); "
+        f"client and server may be of different versions",
+        request_id=request.request_id,
+    )
 
 
 def _read_result(timings: dict[str, Any], outputs: Outputs, request: WireRequest) -> GenerationResult:

@@ -23,6 +23,7 @@ from triton_diffusion_client._protocol import (
     StreamOptions,
     WireRequest,
     missing_result,
+    read_cancelled,
     read_result,
 )
 from triton_diffusion_client.errors import DiffusionClientError
@@ -70,6 +71,15 @@ class AsyncDiffusionClient(BaseClient):
                     if isinstance(event, GenerationResult):
                         return
         raise missing_result(request)
+
+    async def cancel(self, request_id: str) -> bool:
+        """Cancel a request: True if one of that id was waiting or running, False if there is none (any more).
+
+        A client cancels its own requests; clients that share a `cancel_scope` can cancel each other's. The request
+        that was cancelled raises RequestCancelledError where it is awaited. See DiffusionClient.cancel.
+        """
+        request = self._build_cancel_request(request_id)
+        return read_cancelled(await self._open_transport().infer(request), request)
 
     async def is_ready(self) -> bool:
         """Whether the server can be reached and has loaded the model."""

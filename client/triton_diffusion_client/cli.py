@@ -6,8 +6,10 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from triton_diffusion_client._connection import DEFAULT_URLS
+from triton_diffusion_client._protocol import DeadlineAction
 
 _SERVER_COMMANDS = {
     "serve": "serve a checkpoint with Triton",
@@ -16,13 +18,20 @@ _SERVER_COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage or invalid request, 130 interrupted."""
+    """Run a command and return its exit code.
+
+    0 done, 1 failed (or nothing to cancel), 2 wrong usage or invalid request, 130 interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in _SERVER_COMMANDS:
         return _run_server_command(argv[0], argv[1:])
     args = _build_parser().parse_args(argv)
     if args.command in _SERVER_COMMANDS:  # behind a "--"
         return _run_server_command(args.command, [])
+    if args.command == "cancel":
+        from triton_diffusion_client import _cancel_command
+
+        return _cancel_command.cancel(args)
     from triton_diffusion_client import _generate_command
 
     return _generate_command.generate(args)
@@ -57,6 +66,8 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     summary = "ask a running server for pictures"
     _add_generate_arguments(commands.add_parser("generate", help=summary, description=_sentence(summary)))
+    summary = "take back a request that waits or runs"
+    _add_cancel_arguments(commands.add_parser("cancel", help=summary, description=_sentence(summary)))
     for command, summary in _SERVER_COMMANDS.items():
         commands.add_parser(command, help=summary)
     return parser
@@ -96,22 +107,62 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="one line of JSON for each picture")
     output.add_argument("--quiet", action="store_true", help="no progress bar; only the paths, and errors")
 
+    queue = parser.add_argument_group("the queue")
+    queue.add_argument("--priority", type=int, metavar="N", help="0 to 9: 9 goes first (the server's default: 5)")
+    queue.add_argument(
+        "--deadline-s", type=float, metavar="S", help="the picture is wanted within S seconds after the server has it"
+    )
+    queue.add_argument(
+        "--deadline-action",
+        choices=get_args(DeadlineAction),
+        help="what becomes of a request that cannot meet its deadline: refuse it at once, or drop it later (the "
+        "server's default); drop: try, and drop it later; continue: finish it late",
+    )
+    queue.add_argument(
+        "--request-id",
+        metavar="ID",
+        help="by which 'triton-diffusion cancel' and the server's log know the request; for a single --prompt",
+    )
+    _add_cancel_scope_argument(queue)
+
     server = parser.add_argument_group("server")
+    _add_connection_arguments(server)
+    server.add_argument("--stream-model", default="diffusion_stream", metavar="NAME", help="default: %(default)s")
+    server.add_argument(
+        "--model", default="diffusion", metavar="NAME", help="used with --no-stream (default: %(default)s)"
+    )
+    server.add_argument("--no-stream", action="store_true", help="ask for one answer, without progress")
+    server.add_argument(
+        "--concurrency", type=_at_least_one, default=8, metavar="N", help="requests at a time (default: %(default)s)"
+    )
+
+
+def _add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("request_id", metavar="REQUEST_ID", help="as named by --request-id, or by any other client")
+    _add_cancel_scope_argument(parser)
+    server = parser.add_argument_group("server")
+    _add_connection_arguments(server)
+    server.add_argument("--cancellation-model", default="cancellation", metavar="NAME", help="default: %(default)s")
+
+
+def _add_cancel_scope_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cancel-scope",
+        default="",
+        metavar="SCOPE",
+        help="a cancel finds only requests of the same scope (default: empty, as for all who name none; the request's "
+        "id is then the only secret)",
+    )
+
+
+def _add_connection_arguments(server: argparse._ActionsContainer) -> None:
     server.add_argument(
         "--url",
         metavar="HOST:PORT",
         help=f"default: {DEFAULT_URLS['grpc']}, with --protocol http {DEFAULT_URLS['http']}",
     )
     server.add_argument("--protocol", choices=list(DEFAULT_URLS), default="grpc", help="default: %(default)s")
-    server.add_argument("--stream-model", default="diffusion_stream", metavar="NAME", help="default: %(default)s")
-    server.add_argument(
-        "--model", default="diffusion", metavar="NAME", help="used with --no-stream (default: %(default)s)"
-    )
-    server.add_argument("--no-stream", action="store_true", help="ask for one answer, without progress")
     server.add_argument("--timeout-s", type=float, metavar="S", help="give up on a request after S seconds")
-    server.add_argument(
-        "--concurrency", type=_at_least_one, default=8, metavar="N", help="requests at a time (default: %(default)s)"
-    )
     server.add_argument("--ssl", action="store_true", help="encrypt the connection")
     server.add_argument(
         "--header",

@@ -22,6 +22,7 @@ from triton_diffusion_client._protocol import (
     StreamOptions,
     WireRequest,
     missing_result,
+    read_cancelled,
     read_result,
 )
 from triton_diffusion_client.errors import DiffusionClientError
@@ -42,6 +43,9 @@ class DiffusionClient(BaseClient):
     protocol: "grpc", or "http" where only that gets through: HTTP streams carry no raw pixels, and Triton sees that a
         client went away only when it next writes to it.
     model, stream_model: the server's models for one answer, and for progress and previews first.
+    cancellation_model: the server's model that cancels requests.
+    cancel_scope: goes with every request; a cancel finds only requests of its own scope. None: a random secret, so
+        that nobody else can cancel this client's requests. Empty: the scope of all requests that name none.
     timeout_s: longest wait for a whole request, unless the request says otherwise; None: as long as it takes.
     headers: sent with every request (gRPC: as metadata), for an authorization for example.
     ssl, root_certificates, private_key, certificate_chain: as in tritonclient; the last three name PEM files.
@@ -79,6 +83,16 @@ class DiffusionClient(BaseClient):
                     if isinstance(event, GenerationResult):
                         return
         raise missing_result(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Cancel a request: True if one of that id was waiting or running, False if there is none (any more).
+
+        The id is what `request_id=` named; a result tells it too. A client cancels its own requests; clients that
+        share a `cancel_scope` can cancel each other's. The request that was cancelled raises RequestCancelledError
+        where it is waited for. Raises as `generate` does.
+        """
+        request = self._build_cancel_request(request_id)
+        return read_cancelled(self._transport.infer(request), request)
 
     def is_ready(self) -> bool:
         """Whether the server can be reached and has loaded the model."""

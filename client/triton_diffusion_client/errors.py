@@ -4,6 +4,7 @@ DiffusionClientError
 ├── InvalidRequestError      you: change the request
 ├── ModelNotFoundError       you: name a model that this server has
 ├── RequestTimeoutError      you: allow more time, or ask for less; the request was taken back
+├── DeadlineExceededError    you: allow more time, or ask for less; the server could not meet deadline_s
 ├── RequestCancelledError    you or the server's operator: the request was taken back before it was finished
 ├── ServerUnavailableError   load, start-up, network: try again later
 └── ServerError              the server's operator: its log says more
@@ -39,6 +40,10 @@ class RequestTimeoutError(DiffusionClientError):
     """The answer did not come within `timeout_s`."""
 
 
+class DeadlineExceededError(DiffusionClientError):
+    """The server could not meet `deadline_s`: it refused the request at once, or dropped it later."""
+
+
 class RequestCancelledError(DiffusionClientError):
     """The request was cancelled before it was finished."""
 
@@ -50,6 +55,9 @@ class ServerUnavailableError(DiffusionClientError):
 class ServerError(DiffusionClientError):
     """The server failed while it worked on the request."""
 
+
+# Triton has no status by which a model can say this: the message begins with it, under whatever status.
+_DEADLINE_EXCEEDED_PREFIX = "DEADLINE_EXCEEDED: "
 
 _ERRORS: dict[str, type[DiffusionClientError]] = {
     "INVALID_ARGUMENT": InvalidRequestError,
@@ -81,12 +89,20 @@ _PHRASES: dict[str, type[DiffusionClientError]] = {
 
 def error_from_status(status: str, message: str, request_id: str | None = None) -> DiffusionClientError:
     """The exception for a gRPC status name or an HTTP status number."""
-    return _ERRORS.get(status, ServerError)(message, status=status, request_id=request_id)
+    error = DeadlineExceededError if is_deadline_exceeded(message) else _ERRORS.get(status, ServerError)
+    return error(message, status=status, request_id=request_id)
 
 
 def error_from_message(
     message: str, default: type[DiffusionClientError], request_id: str | None = None
 ) -> DiffusionClientError:
     """The exception for an error whose status cannot be trusted: `default`, unless the message is one we know."""
+    if is_deadline_exceeded(message):
+        return DeadlineExceededError(message, request_id=request_id)
     known = (error for phrase, error in _PHRASES.items() if phrase in message)
     return next(known, default)(message, request_id=request_id)
+
+
+def is_deadline_exceeded(message: str) -> bool:
+    """Whether the server says that it could not meet `deadline_s`; this goes before every other rule."""
+    return message.startswith(_DEADLINE_EXCEEDED_PREFIX)

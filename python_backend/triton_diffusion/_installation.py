@@ -32,6 +32,8 @@ class TritonInstallation:
     """The files of the Python backend, to be linked into a backend directory; empty if the server finds its own."""
     library_folders: tuple[Path, ...] = ()
     """What the server's own libraries need on LD_LIBRARY_PATH."""
+    cache_folder: Path | None = None
+    """Where the server finds its response caches; None if it finds them itself."""
 
     def prepare_backend_directory(self, folder: Path) -> list[str]:
         """Lay out the backend directory below `folder`, if one is needed; return the server's arguments for it."""
@@ -42,6 +44,11 @@ class TritonInstallation:
         for file in self.python_backend_files:
             (python_backend / file.name).symlink_to(file)
         return [f"--backend-directory={folder}"]
+
+    def response_cache_arguments(self, size_bytes: int) -> list[str]:
+        """The server's arguments for a response cache in main memory."""
+        folder = [f"--cache-directory={self.cache_folder}"] if self.cache_folder else []
+        return [f"--cache-config=local,size={size_bytes}", *folder]
 
     def environment(self) -> dict[str, str]:
         """The environment for the server: ours, with its libraries and the running Python in front."""
@@ -114,6 +121,7 @@ def _in_wheel_layout(root: Path) -> TritonInstallation:
             stub,
         ),
         library_folders=(root.parent.parent / "nvidia_pytriton.libs",),
+        cache_folder=root / "caches",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from triton_diffusion import repository
-from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, StageConfig
+from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, PolicyName, StageConfig
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families.registry import check_checkpoint
 from triton_diffusion.loading.checkpoint import DEMO, open_checkpoint
@@ -112,8 +113,24 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("gpu_device_ids", str, 'GPUs of each replica, as in "0,1;2,3"; default: the first ones')
     add("dtype", str, "compute type of the weights", get_args(Dtype))
     add("num_threads", int, "torch threads of a rank on the CPU; 0: the cores divided by the ranks")
-    add("max_batch_size", int, "pictures in one forward pass at most")
+    add("max_batch_tokens", int, "tokens (rows x sequence length) in one forward pass at most; 0: measured at start")
     add("max_queue_size", int, "requests that may wait or run in a stage")
+    add("max_queue_cost", int, "their tokens x steps; 0: four times those of max_queue_size default requests")
+    add("max_concurrent_requests", int, "requests that may wait or run in all stages together")
+    add(
+        "scheduling_policy",
+        str,
+        "choose anew at every step by priority and due time, by turns of the sizes, or first come, first served",
+        get_args(PolicyName),
+    )
+    add("slowdown", float, "a request is due after so many times the time that it needs alone")
+    add("priority_ageing_s", float, "seconds overdue that raise a priority by 1")
+    add(
+        "warmup_resolutions",
+        str,
+        'WIDTHxHEIGHT,... to run before the server is ready, or "none"; default: the size of the checkpoint',
+    )
+    add("prompt_cache_bytes", int, "embeddings kept for prompts that come again; 0: none")
     add(
         "denoising_loop",
         str,
@@ -123,6 +140,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("max_pixels", int, "height x width of one picture at most")
     add("max_num_inference_steps", int, "denoising steps of one request at most")
     add("max_num_outputs", int, "pictures of one request at most")
+    group.add_argument(
+        "--response-cache",
+        type=_size_bytes,
+        metavar="SIZE",
+        help="answer equal requests from Triton's response cache of this size, as in 256MB; "
+        "requests must then carry a seed (default: no cache)",
+    )
     group.add_argument(
         "--set",
         action="append",
@@ -157,7 +181,7 @@ def _serve(args: argparse.Namespace) -> int:
         # A checkpoint that cannot be served is better known before a server starts; a hub id is downloaded here.
         check_checkpoint(open_checkpoint(settings.get("model_path", DEMO)))
         with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
-            repository.build_repository(folder, settings)
+            repository.build_repository(folder, settings, response_cache=args.response_cache is not None)
             return _run_server(args, Path(folder), settings, _COMPLETE, temporary_folders=[folder])
     ineffective = sorted(set(settings) - {"startup_timeout_s"})
     if ineffective:
@@ -188,6 +212,7 @@ def _run_server(
         log_file=args.log_file,
         exit_timeout_s=args.exit_timeout_s,
         thread_pool_size=2 * max_concurrent_requests + 16,
+        response_cache_bytes=args.response_cache or 0,
         extra_arguments=[*arguments, *_LOG_ARGUMENTS[args.log_level], *args.tritonserver_arguments],
         temporary_folders=temporary_folders,
     )
@@ -224,8 +249,10 @@ def _exit_status(server: TritonServer) -> int:
 
 
 def _build_repository(args: argparse.Namespace) -> int:
-    folder = repository.build_repository(args.output, _settings(args), force=args.force)
-    print(f"{folder}\nserve it: triton-diffusion serve --model-repository {folder}")
+    cached = args.response_cache is not None
+    folder = repository.build_repository(args.output, _settings(args), force=args.force, response_cache=cached)
+    cache = f" --response-cache {args.response_cache}" if cached else ""
+    print(f"{folder}\nserve it: triton-diffusion serve --model-repository {folder}{cache}")
     return 0
 
 
@@ -262,6 +289,13 @@ def _warn_about_shared_memory(needed_bytes: int = 256 * 2**20) -> None:
             "256 MB or more is better (docker run --shm-size=1g)",
             file=sys.stderr,
         )
+
+
+def _size_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([kmg]?)i?b?", text.strip().lower())
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give bytes, or as in 64MB, 2GB")
+    return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}[match[2]]
 
 
 def _port(text: str) -> int:

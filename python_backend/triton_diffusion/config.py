@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from triton_diffusion.errors import ConfigurationError, nearest_name_hint
 
+PolicyName = Literal["fair", "drr", "fifo"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DenoisingLoop = Literal["step_batching", "reference"]
 
@@ -22,7 +24,7 @@ HIGHEST = {
     "max_sequence_length": 65_536,
 }
 
-_Config = TypeVar("_Config", "StageConfig", "ChainConfig")
+_Config = TypeVar("_Config", "StageConfig", "ChainConfig", "CancellationConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,29 +35,49 @@ class StageConfig:
     """Checkpoint folder in diffusers layout, a hub id, or "demo" for the built-in demo checkpoint."""
     dtype: Dtype = "auto"
     """Compute type of the weights; "auto" is bfloat16 where the processor or GPU computes in it, else float32."""
-    num_gpus: int = 1
-    """Ranks of this stage in all, one a GPU; without a GPU, processes on the CPU."""
+    num_gpus: int = 0
+    """Ranks of this stage in all, one a GPU; without a GPU, processes on the CPU. 0: one for each of gpu_device_ids."""
     dp_size: int = 0
-    """Replicas (worker groups) under one scheduler; 0 makes every rank a replica of its own."""
+    """Replicas (worker groups) under one scheduler; 0: as gpu_device_ids lists them, else every rank is one."""
     gpu_device_ids: str = ""
     """The GPUs of each replica, "0,1;2,3"; empty takes 0 .. num_gpus - 1 in order."""
     num_threads: int = 0
     """Torch threads of a rank on the CPU; 0 divides the cores by the ranks of this stage."""
     max_queue_size: int = 256
     """Requests that may wait or run in this stage; one more is refused as UNAVAILABLE."""
-    max_batch_size: int = 8
-    """Rows (pictures) in one forward pass at most."""
+    max_queue_cost: int = 0
+    """Tokens x steps that may wait or run in this stage; 0: four times those of max_queue_size default requests."""
+    max_batch_tokens: int = 0
+    """Tokens (rows x sequence length) in one forward pass at most; 0: where more gains no speed, measured at start."""
+    scheduling_policy: PolicyName = "fair"
+    """"fair" chooses anew at every step, by priority and by when a request is due; with "drr" sizes take turns (deficit
+    round robin); "fifo" is first come, first served."""
+    slowdown: float = 5.0
+    """A request without a deadline is due after so many times the time that it needs alone: at 1 in the order of
+    arrival but for what each needs, the higher the more do short requests pass long ones."""
+    priority_ageing_s: float = 30.0
+    """Seconds that a request is overdue which raise its priority by 1."""
+    warmup_resolutions: str = ""
+    """Sizes that are run before the model is ready, "1024x1024,512x768" (width x height); empty: the default size of
+    the checkpoint; "none": none."""
+    prompt_cache_bytes: int = 268_435_456
+    """text_encoding: bytes of embeddings kept in the main memory of each rank for prompts that come again; 0: none."""
     denoising_loop: DenoisingLoop = "step_batching"
     """"step_batching" forms a batch anew at every step; "reference" runs one request through all its steps."""
     startup_timeout_s: float = 1800.0
     """Seconds that the ranks may take to load before the start is given up."""
 
     def __post_init__(self) -> None:
-        for name in ("num_gpus", "max_queue_size", "max_batch_size", "startup_timeout_s"):
+        for name in ("max_queue_size", "startup_timeout_s", "priority_ageing_s", "slowdown"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be greater than 0")
-        for name in ("dp_size", "num_threads"):
+        for name in ("num_gpus", "dp_size", "num_threads", "max_queue_cost", "max_batch_tokens"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 chooses it")
+        _require(
+            self.prompt_cache_bytes >= 0,
+            f"prompt_cache_bytes={self.prompt_cache_bytes} must not be negative; 0 keeps nothing",
+        )
         self.device_ids()
+        self.warmup_sizes()
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> StageConfig:
@@ -63,39 +85,66 @@ class StageConfig:
         return _from_parameters(cls, parameters)
 
     @property
+    def num_ranks(self) -> int:
+        """How many rank processes this stage has."""
+        return self.num_gpus or sum(map(len, self._listed_ids())) or max(1, self.dp_size)
+
+    @property
     def num_replicas(self) -> int:
         """How many worker groups this stage has."""
-        return self.dp_size or self.num_gpus
+        return self.dp_size or len(self._listed_ids()) or self.num_ranks
 
     @property
     def ranks_per_replica(self) -> int:
         """How many ranks a worker group has."""
-        return self.num_gpus // self.num_replicas
+        return self.num_ranks // self.num_replicas
 
     @property
     def threads_per_rank(self) -> int:
         """Torch threads of one rank."""
-        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.num_gpus)
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.num_ranks)
 
     def device_ids(self) -> list[list[str]]:
         """The GPU ids of each replica, one inner list a replica, one id a rank."""
         _require(
-            self.num_gpus % self.num_replicas == 0,
+            self.num_ranks % self.num_replicas == 0,
             f"dp_size={self.dp_size} does not divide num_gpus={self.num_gpus}; "
             "num_gpus is dp_size times the ranks of a replica",
         )
-        if not self.gpu_device_ids:
-            ids = [str(index) for index in range(self.num_gpus)]
+        replicas = self._listed_ids()
+        if not replicas:
+            ids = [str(index) for index in range(self.num_ranks)]
             size = self.ranks_per_replica
-            return [ids[start : start + size] for start in range(0, self.num_gpus, size)]
-        replicas = [[item.strip() for item in part.split(",")] for part in self.gpu_device_ids.split(";")]
+            return [ids[start : start + size] for start in range(0, self.num_ranks, size)]
         _require(
             len(replicas) == self.num_replicas
             and all(len(replica) == self.ranks_per_replica and all(replica) for replica in replicas),
             f"gpu_device_ids={self.gpu_device_ids!r} must list {self.num_replicas} replicas, separated by ';', of "
-            f"{self.ranks_per_replica} ids each, separated by ','",
+            f"{self.ranks_per_replica} ids each, separated by ','; or leave out num_gpus and dp_size, it says both",
         )
         return replicas
+
+    def _listed_ids(self) -> list[list[str]]:
+        if not self.gpu_device_ids:
+            return []
+        return [[item.strip() for item in part.split(",")] for part in self.gpu_device_ids.split(";")]
+
+    def warmup_sizes(self) -> list[tuple[int, int]] | None:
+        """(height, width) of each size to run before the model is ready; None for the checkpoint's default size."""
+        if not self.warmup_resolutions:
+            return None
+        if self.warmup_resolutions == "none":
+            return []
+        sizes = []
+        for item in self.warmup_resolutions.split(","):
+            match = re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", item)
+            if match is None:
+                raise ConfigurationError(
+                    f"warmup_resolutions={self.warmup_resolutions!r}: {item!r} must be WIDTHxHEIGHT in pixels; "
+                    "give several separated by ',', or none"
+                )
+            sizes.append((int(match[2]), int(match[1])))
+        return sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +159,7 @@ class ChainConfig:
     """Name of the Triton model that denoises."""
     decoding_model: str = "decoding"
     """Name of the Triton model that decodes latents and encodes pictures."""
-    max_concurrent_requests: int = 64
+    max_concurrent_requests: int = 128
     """Requests in the chain at a time; one more is refused as UNAVAILABLE."""
     max_pixels: int = 4_194_304
     """height x width of one picture at most."""
@@ -132,6 +181,31 @@ class ChainConfig:
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ChainConfig:
         """Read the `parameters` of the chain's config.pbtxt; raises ConfigurationError."""
+        return _from_parameters(cls, parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CancellationConfig:
+    """The model that cancels requests by their ids."""
+
+    text_encoding_model: str = "text_encoding"
+    """Name of the Triton model that encodes prompts."""
+    denoising_model: str = "denoising"
+    """Name of the Triton model that denoises."""
+    decoding_model: str = "decoding"
+    """Name of the Triton model that decodes latents and encodes pictures."""
+    max_concurrent_cancels: int = 8
+    """Cancels under way at once; others wait."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_concurrent_cancels > 0,
+            f"max_concurrent_cancels={self.max_concurrent_cancels} must be greater than 0",
+        )
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> CancellationConfig:
+        """Read the `parameters` of the model's config.pbtxt; raises ConfigurationError."""
         return _from_parameters(cls, parameters)
 
 

@@ -5,6 +5,7 @@ DiffusionError
 ├── RequestCancelledError    the caller: took the request back
 ├── ConfigurationError       the operator: flags, config.pbtxt, checkpoint folder
 ├── QueueFullError           load: come back later
+├── DeadlineExceededError    load: not by then; allow more time or ask for less
 ├── ShuttingDownError        load: this server is going away, another may answer
 ├── StageError               us: a stage raised while it ran this request
 └── WorkerGroupError         us: the processes of a stage died or could not start
@@ -51,6 +52,17 @@ class QueueFullError(DiffusionError):
     http_status = 503
 
 
+class DeadlineExceededError(DiffusionError):
+    """The request cannot be finished by its deadline.
+
+    A model has no such code to give in Triton, so the message carries it (`MESSAGE_PREFIX`).
+    """
+
+    MESSAGE_PREFIX = "DEADLINE_EXCEEDED: "
+    triton_code = "UNAVAILABLE"
+    http_status = 503
+
+
 class ShuttingDownError(DiffusionError):
     """The stage is being unloaded."""
 
@@ -76,6 +88,7 @@ _BY_NAME = {
         RequestCancelledError,
         ConfigurationError,
         QueueFullError,
+        DeadlineExceededError,
         ShuttingDownError,
         StageError,
         WorkerGroupError,

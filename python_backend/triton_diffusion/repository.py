@@ -13,12 +13,19 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from triton_diffusion.config import ChainConfig, StageConfig
+from triton_diffusion.config import CancellationConfig, ChainConfig, StageConfig
 from triton_diffusion.errors import ConfigurationError, nearest_name_hint
 
 # Written beside the models, so that a later build knows which folders it may replace.
 _MARKER = ".triton-diffusion.json"
-_CHAINS = ("diffusion", "diffusion_stream")
+# Which class reads the parameters of a model; the others are stages.
+_READERS: Mapping[str, type[ChainConfig | CancellationConfig]] = {
+    "diffusion": ChainConfig,
+    "diffusion_stream": ChainConfig,
+    "cancellation": CancellationConfig,
+}
+# Triton refuses a response cache for a decoupled model.
+_CACHED_MODEL = "diffusion"
 
 
 def find_model_repository() -> Path:
@@ -30,11 +37,16 @@ def find_model_repository() -> Path:
     raise ConfigurationError(f"model_repository/ is not beside {package}; install triton-diffusion anew")
 
 
-def build_repository(destination: str | Path, settings: Mapping[str, str], *, force: bool = False) -> Path:
+def build_repository(
+    destination: str | Path, settings: Mapping[str, str], *, force: bool = False, response_cache: bool = False
+) -> Path:
     """Write a model repository to `destination` and return its path.
 
     `settings` maps the name of a parameter to its value. A plain name (`dtype`) sets it in every model that
     has it, a name with a model (`denoising.dtype`) in that model only, and goes before the plain one.
+
+    With `response_cache`, Triton answers a request to `diffusion` from its response cache if it has answered an equal
+    one before; the server must be started with such a cache.
 
     Raises ConfigurationError for a name or a value that no model knows, and for a folder with content that an
     earlier call did not write; `force` then replaces the models of the same names and leaves the rest.
@@ -45,6 +57,8 @@ def build_repository(destination: str | Path, settings: Mapping[str, str], *, fo
     _set_parameters(configs, settings)
     for name, config in configs.items():
         _check(name, config)
+    if response_cache:
+        configs[_CACHED_MODEL].response_cache.enable = True
 
     _make_room(destination, list(configs), force=force)
     for name, config in configs.items():
@@ -89,9 +103,8 @@ def _set_parameters(configs: Mapping[str, Any], settings: Mapping[str, str]) -> 
 def _check(name: str, config: Any) -> None:
     """Find now what the model would find when it is loaded."""
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    reader = ChainConfig if name in _CHAINS else StageConfig
     try:
-        reader.from_parameters(parameters)
+        _READERS.get(name, StageConfig).from_parameters(parameters)
     except ConfigurationError as error:
         raise ConfigurationError(f"model {name}: {error}") from error
 

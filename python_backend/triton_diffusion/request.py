@@ -7,13 +7,18 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from triton_diffusion.config import HIGHEST, ChainConfig
 from triton_diffusion.errors import InvalidRequestError, nearest_name_hint
+from triton_diffusion.scheduler import DEFAULT_PRIORITY, HIGHEST_PRIORITY, LOWEST_PRIORITY, DeadlineAction
 
+DEADLINE_ACTIONS: tuple[DeadlineAction, ...] = get_args(DeadlineAction)
+LONGEST_DEADLINE_S = 1e6
 OUTPUT_FORMATS = ("b64_png", "b64_jpeg", "b64_webp", "png", "jpeg", "webp", "raw")
 MAX_SEED = 2**63 - 1
+
+_Choice = TypeVar("_Choice", bound=str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,12 @@ class GenerationRequest:
     """1 to 100, for jpeg and webp."""
     preview_interval: int = 0
     """Steps between two previews; 0 for none."""
+    priority: int = DEFAULT_PRIORITY
+    """9 goes before 8, and so on down to 0."""
+    deadline_s: float | None = None
+    """Seconds after the arrival by which the result is wanted."""
+    deadline_action: DeadlineAction = "refuse"
+    """What becomes of the request when that cannot be; see scheduler.Work."""
 
     def __post_init__(self) -> None:
         """Refuse what no checkpoint can draw; the limits of checkpoint and deployment are those of `resolve_request`.
@@ -62,6 +73,8 @@ class GenerationRequest:
             raise ValueError(f"preview_interval={self.preview_interval} or seed={self.seed} is out of bounds")
         if not (math.isfinite(self.guidance_scale) and math.isfinite(self.embedded_guidance_scale)):
             raise ValueError("a guidance scale is not finite")
+        if not LOWEST_PRIORITY <= self.priority <= HIGHEST_PRIORITY:
+            raise ValueError(f"priority={self.priority} must be between {LOWEST_PRIORITY} and {HIGHEST_PRIORITY}")
 
     @property
     def uses_guidance(self) -> bool:
@@ -93,6 +106,25 @@ class RequestDefaults:
     max_sequence_length: int
     longest_sequence_length: int
     """Tokens that the text encoder takes at most."""
+
+
+def example_request(defaults: RequestDefaults, **values: Any) -> GenerationRequest:
+    """A request that leaves all to the checkpoint but for `values`: for warm-up and estimates."""
+    left_open: dict[str, Any] = {
+        "prompt": "warm-up",
+        "negative_prompt": "",
+        "height": defaults.height,
+        "width": defaults.width,
+        "num_inference_steps": defaults.num_inference_steps,
+        "guidance_scale": defaults.guidance_scale,
+        "embedded_guidance_scale": defaults.embedded_guidance_scale or 0.0,
+        "seed": 0,
+        "num_outputs": 1,
+        "max_sequence_length": defaults.max_sequence_length,
+        "output_format": OUTPUT_FORMATS[0],
+        "output_quality": 90,
+    }
+    return GenerationRequest(**left_open | values)
 
 
 INPUT_NAMES = tuple(field.name for field in dataclasses.fields(GenerationRequest))
@@ -139,9 +171,12 @@ def resolve_request(
         max_sequence_length=_checked_int(
             given, "max_sequence_length", defaults.max_sequence_length, 1, defaults.longest_sequence_length
         ),
-        output_format=_checked_format(given),
+        output_format=_checked_choice(given, "output_format", OUTPUT_FORMATS),
         output_quality=_checked_int(given, "output_quality", 90, 1, 100),
         preview_interval=_checked_int(given, "preview_interval", 0, 0, limits.max_num_inference_steps),
+        priority=_checked_int(given, "priority", DEFAULT_PRIORITY, LOWEST_PRIORITY, HIGHEST_PRIORITY),
+        deadline_s=_checked_deadline(given),
+        deadline_action=_checked_choice(given, "deadline_action", DEADLINE_ACTIONS),
     )
     return request, _warnings(given, request, defaults)
 
@@ -199,12 +234,23 @@ def _checked_seed(given: Mapping[str, Any], num_outputs: int) -> int:
     return seed
 
 
-def _checked_format(given: Mapping[str, Any]) -> str:
-    value = str(given.get("output_format", OUTPUT_FORMATS[0]))
-    if value not in OUTPUT_FORMATS:
-        hint = nearest_name_hint(value, OUTPUT_FORMATS)
-        raise InvalidRequestError(f"output_format={value!r} must be one of {', '.join(OUTPUT_FORMATS)}{hint}")
+def _checked_deadline(given: Mapping[str, Any]) -> float | None:
+    value: float | None = given.get("deadline_s")
+    if value is not None and not 0 < value <= LONGEST_DEADLINE_S:
+        raise InvalidRequestError(
+            f"deadline_s={value} must be above 0 and at most {LONGEST_DEADLINE_S:g} seconds; leave it out for none"
+        )
     return value
+
+
+def _checked_choice(given: Mapping[str, Any], name: str, choices: tuple[_Choice, ...]) -> _Choice:
+    """One of some words; the first is the default."""
+    value = given.get(name, choices[0])
+    for choice in choices:
+        if choice == value:
+            return choice
+    hint = nearest_name_hint(str(value), choices)
+    raise InvalidRequestError(f"{name}={value!r} must be one of {', '.join(choices)}{hint}")
 
 
 def _warnings(given: Mapping[str, Any], request: GenerationRequest, defaults: RequestDefaults) -> list[str]:
@@ -213,6 +259,8 @@ def _warnings(given: Mapping[str, Any], request: GenerationRequest, defaults: Re
         warnings.append("embedded_guidance_scale has no effect: this checkpoint is not guidance-distilled")
     if "negative_prompt" in given and not request.uses_guidance:
         warnings.append(f"negative_prompt has no effect at guidance_scale={request.guidance_scale}; set it above 1")
+    if "deadline_action" in given and request.deadline_s is None:
+        warnings.append("deadline_action has no effect without deadline_s")
     if request.uses_guidance and defaults.embedded_guidance_scale is not None:
         warnings.append(
             "guidance_scale mixes two predictions and doubles the work; "

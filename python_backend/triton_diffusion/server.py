@@ -31,6 +31,7 @@ from typing import IO
 
 from triton_diffusion import _server_guard
 from triton_diffusion._installation import TritonInstallation, find_triton
+from triton_diffusion.config import ChainConfig
 from triton_diffusion.errors import ConfigurationError
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -65,7 +66,8 @@ class TritonServer:
         executable: str | Path | None = None,
         log_file: str | Path | None = None,
         exit_timeout_s: int = 300,
-        thread_pool_size: int = 144,
+        thread_pool_size: int = 2 * ChainConfig.max_concurrent_requests + 16,
+        response_cache_bytes: int = 0,
         extra_arguments: Sequence[str] = (),
         temporary_folders: Sequence[str | Path] = (),
     ) -> None:
@@ -74,6 +76,7 @@ class TritonServer:
         A port that is None is chosen among the free ones. The server's log goes to `log_file`, else to our
         stderr. On its way out the server waits up to `exit_timeout_s` for the requests under way.
         `thread_pool_size` is how many calls from one model instance to other models may be under way at once.
+        `response_cache_bytes` is the size of Triton's response cache for the models that use it; 0 for none.
         `temporary_folders` are the caller's to remove; should our process die without a chance to, they are
         removed all the same. Raises ConfigurationError without a tritonserver.
         """
@@ -85,6 +88,7 @@ class TritonServer:
         self._log_file = Path(log_file) if log_file else None
         self._exit_timeout_s = exit_timeout_s
         self._thread_pool_size = thread_pool_size
+        self._response_cache_bytes = response_cache_bytes
         self._extra_arguments = tuple(extra_arguments)
         self._temporary_folders = [Path(folder) for folder in temporary_folders]
         self._run: _ServerRun | None = None
@@ -283,8 +287,14 @@ class TritonServer:
             f"--exit-timeout-secs={self._exit_timeout_s}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
             f"--backend-config=python,thread-pool-size={self._thread_pool_size}",
+            *self._cache_arguments(),
             *self._extra_arguments,
         ]
+
+    def _cache_arguments(self) -> list[str]:
+        if not self._response_cache_bytes:
+            return []
+        return self._installation.response_cache_arguments(self._response_cache_bytes)
 
     def _started(self) -> _ServerRun:
         if self._run is None:

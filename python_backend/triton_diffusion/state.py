@@ -10,6 +10,7 @@ through the same input tensor, told apart by the metadata's only key.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -56,6 +57,11 @@ class RequestState:
     timings: dict[str, StageTimings] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     tensor_infos: dict[str, TensorInfo] = field(default_factory=dict)
+    cancel_key: str = ""
+    """What a caller can cancel the request by (`make_cancel_key`); empty: it gave no id."""
+    deadlines_s: dict[str, float] = field(default_factory=dict)
+    """By stage model: reading of time.monotonic(), which all processes of a machine share, by which it should be
+    through. Empty: no deadline."""
 
     def metadata(self) -> dict[str, str]:
         """The safetensors metadata that carries this state."""
@@ -64,6 +70,8 @@ class RequestState:
             "request": self.request.to_json(),
             "timings": {stage: asdict(timing) for stage, timing in self.timings.items()},
             "warnings": self.warnings,
+            "cancel_key": self.cancel_key,
+            "deadlines_s": self.deadlines_s,
         }
         return {STATE: json.dumps(values)}
 
@@ -78,9 +86,10 @@ class ProgressQuery:
 
 @dataclass(frozen=True)
 class CancelOrder:
-    """Tells the stage to drop the request before its next step."""
+    """Tells the stage to drop requests before their next step: those of these ids, and all of this key."""
 
-    request_id: str
+    request_ids: list[str] = field(default_factory=list)
+    cancel_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,23 @@ def write_progress_query(query: ProgressQuery) -> bytes:
 def write_cancel_order(order: CancelOrder) -> bytes:
     """The blob that cancels a request in a stage."""
     return save({}, {CANCEL: json.dumps(asdict(order))})
+
+
+def write_num_cancelled(num_cancelled: int) -> bytes:
+    """The answer to a CancelOrder."""
+    return save({}, {CANCEL: str(num_cancelled)})
+
+
+def read_num_cancelled(blob: bytes) -> int:
+    """How many requests a CancelOrder has ended."""
+    return int(read_metadata(blob)[0][CANCEL])
+
+
+def make_cancel_key(scope: str, request_id: str) -> str:
+    """What stages know a caller's request by: only who knows the scope as well can name it. Empty without an id."""
+    if not request_id:
+        return ""
+    return hashlib.sha256(json.dumps([scope, request_id]).encode()).hexdigest()
 
 
 def write_progress(progress: Progress, preview: bytes | None) -> bytes:

@@ -16,6 +16,7 @@ from triton_diffusion.state import (
     CancelOrder,
     Progress,
     ProgressQuery,
+    read_num_cancelled,
     read_progress,
     write_cancel_order,
     write_progress_query,
@@ -40,8 +41,9 @@ class Caller:
         """The result of a request; raises its error."""
         return result_of(self.send(blob))
 
-    def cancel(self, request_id: str) -> Progress:
-        return read_progress(self.run(write_cancel_order(CancelOrder(request_id))))[0]
+    def cancel(self, request_id: str) -> int:
+        """How many requests were cancelled."""
+        return read_num_cancelled(self.run(write_cancel_order(CancelOrder([request_id]))))
 
     def progress(self, request_id: str, after_step: int) -> tuple[Progress, bytes | None]:
         """Waits until the request has done more than `after_step` steps."""
@@ -74,6 +76,8 @@ def run_service(stage_model: str, folder: Path, **values: Any) -> Iterator[Calle
         "dtype": "float32",
         "num_threads": 1,
         "startup_timeout_s": 120.0,
+        # Tests cancel requests of any number of steps.
+        "max_queue_cost": 10**12,
     }
     service = StageService(stage_model, StageConfig(**settings | values))
     service.start()

@@ -36,7 +36,7 @@ class InProcessStages:
             names = family.stage_components[stage_model]
             components = load_components(checkpoint, names, dtype=dtype, device=device)
             group = RankGroup(rank=0, size=1, device=device)
-            plan = make_plan(stage_model, family, components, max_batch_size=2)
+            plan = make_plan(stage_model, family, components)
             self.executors[stage_model] = RankExecutor(stage_model, plan, group)
 
     def admit(self, stage_model: str, request_id: str, blob: bytes) -> None:

@@ -31,13 +31,33 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 from triton_diffusion_client import AsyncDiffusionClient, DiffusionClient, Event, GenerationResult
 
 STEP_S = 0.05
+INPUTS = {
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "embedded_guidance_scale",
+    "seed",
+    "num_outputs",
+    "max_sequence_length",
+    "output_format",
+    "output_quality",
+    "preview_interval",
+    "priority",
+    "deadline_s",
+    "deadline_action",
+}
 DTYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 ERRORS = {  # prompt: gRPC status, HTTP status, message
     "invalid": ("INVALID_ARGUMENT", 400, "height=7 is not a multiple of 16; use 0 or 16"),
     "too much": ("UNAVAILABLE", 503, "the queue is full; come back later"),
     "crash": ("INTERNAL", 500, "the worker group died"),
     "taken back": ("CANCELLED", 400, "cancelled in denoising after 3 steps"),
-    "late": ("DEADLINE_EXCEEDED", 504, "deadline_s=3 is over"),
+    "late": ("DEADLINE_EXCEEDED", 504, "the time-out of 3 s is over"),
+    "too late": ("UNAVAILABLE", 503, "DEADLINE_EXCEEDED: deadline_s=3 cannot be met; try again later"),
+    "taken back too late": ("CANCELLED", 400, "DEADLINE_EXCEEDED: deadline_s=3 is over; cancelled after 3 steps"),
 }
 
 
@@ -59,13 +79,21 @@ class ReceivedRequest:
     parameters: dict[str, Any]
     headers: dict[str, str]
     cancelled: threading.Event = field(default_factory=threading.Event)
+    """By a caller that went away, or by the model `cancellation`."""
+    is_cancelled_by_id: bool = False
+    is_done: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the model `cancellation` finds it by."""
+        return self.id, self.parameters.get("cancel_scope", "")
 
     def value(self, name: str, default: Any = None) -> Any:
         return self.inputs[name][2] if name in self.inputs else default
 
 
 class TritonDouble:
-    """The models `diffusion` and `diffusion_stream`; what a request gets is decided by its prompt."""
+    """The models `diffusion`, `diffusion_stream` and `cancellation`; what a request gets is decided by its prompt."""
 
     def __init__(self, private_key: Path | None = None, certificate: Path | None = None) -> None:
         self.received: list[ReceivedRequest] = []
@@ -104,6 +132,23 @@ class TritonDouble:
     def run(self, request: ReceivedRequest) -> Iterator[dict[str, np.ndarray]]:
         """The responses of a model; a model that answers once gives the last."""
         self.received.append(request)
+        try:
+            if request.model == "cancellation":
+                yield {"cancelled": np.array([self._cancel(request)])}
+            else:
+                yield from self._draw(request)
+        finally:
+            request.is_done = True
+
+    def _cancel(self, request: ReceivedRequest) -> bool:
+        key = request.value("request_id"), request.parameters.get("cancel_scope", "")
+        found = [other for other in self.received if other.key == key and not other.is_done]
+        for other in found:
+            other.is_cancelled_by_id = True
+            other.cancelled.set()
+        return bool(found)
+
+    def _draw(self, request: ReceivedRequest) -> Iterator[dict[str, np.ndarray]]:
         if request.model not in ("diffusion", "diffusion_stream"):
             message = f"Request for unknown model: '{request.model}' is not found"
             raise RequestFailedError("NOT_FOUND", 404, message)
@@ -113,11 +158,16 @@ class TritonDouble:
         steps = request.value("num_inference_steps", 3)
         for step in range(1, steps + 1):
             if request.cancelled.wait(STEP_S if prompt == "slow" else 0):
+                if request.is_cancelled_by_id:
+                    raise RequestFailedError("CANCELLED", 400, f"cancelled in denoising after {step - 1} steps")
                 return
             if request.model == "diffusion_stream":
                 yield self._progress(request, step, steps)
             if prompt == "midway" and step == 2:
                 raise RequestFailedError("INTERNAL", 500, "the worker group died", before_answer=False)
+            if prompt == "midway too late" and step == 2:
+                message = "DEADLINE_EXCEEDED: deadline_s=3 cannot be met any more"
+                raise RequestFailedError("UNAVAILABLE", 503, message)
         if prompt == "nothing":
             return
         yield self._result(request)
@@ -213,7 +263,9 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
             else:
                 value = np.frombuffer(content, DTYPES[tensor.datatype])[0].item()
             inputs[tensor.name] = (tensor.datatype, list(tensor.shape), value)
-        parameters = {name: value.int64_param for name, value in message.parameters.items()}
+        parameters = {
+            name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in message.parameters.items()
+        }
         headers = dict(context.invocation_metadata())
         request = ReceivedRequest(message.model_name, message.id, inputs, parameters, headers)
         context.add_callback(request.cancelled.set)
@@ -232,7 +284,7 @@ def _to_message(message: Any, outputs: dict[str, np.ndarray]) -> Any:
 def _encode(tensor: np.ndarray) -> tuple[str, bytes]:
     if tensor.dtype == np.object_:
         return "BYTES", serialize_byte_tensor(tensor).item()
-    return {np.dtype(np.uint8): "UINT8", np.dtype(np.int64): "INT64"}[tensor.dtype], tensor.tobytes()
+    return {"uint8": "UINT8", "int64": "INT64", "bool": "BOOL"}[tensor.dtype.name], tensor.tobytes()
 
 
 class _HttpServer(http.server.ThreadingHTTPServer):
@@ -351,8 +403,9 @@ class _HttpHandler(http.server.BaseHTTPRequestHandler):
         fields = json.loads(body)
         headers = {name.lower(): value for name, value in self.headers.items()}
         request_id = fields.pop("id")
-        inputs = {name: (None, [1], value) for name, value in fields.items()}
-        return ReceivedRequest(model, request_id, inputs, {}, headers)
+        inputs = {name: (None, [1], value) for name, value in fields.items() if name in INPUTS}
+        parameters = {name: value for name, value in fields.items() if name not in INPUTS}
+        return ReceivedRequest(model, request_id, inputs, parameters, headers)
 
 
 def _to_json(tensor: np.ndarray) -> Any:
@@ -385,6 +438,17 @@ class Caller:
         async def run() -> list[Event]:
             async with AsyncDiffusionClient(self.url, self.protocol, **(client or {})) as asynchronous:
                 return [event async for event in asynchronous.stream(prompt, **options)]
+
+        return asyncio.run(run())
+
+    def cancel(self, request_id: str, **client: Any) -> bool:
+        if not self.is_async:
+            with DiffusionClient(self.url, self.protocol, **client) as blocking:
+                return blocking.cancel(request_id)
+
+        async def run() -> bool:
+            async with AsyncDiffusionClient(self.url, self.protocol, **client) as asynchronous:
+                return await asynchronous.cancel(request_id)
 
         return asyncio.run(run())
 

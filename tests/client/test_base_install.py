@@ -18,6 +18,7 @@ import triton_diffusion_client
         "from triton_diffusion_client import DiffusionClient; DiffusionClient().close()",
         "from triton_diffusion_client import DiffusionClient; DiffusionClient(protocol='http').close()",
         "import triton_diffusion_client._generate_command",
+        "import triton_diffusion_client._cancel_command",
     ],
 )
 def test_nothing_of_the_server_is_imported(statement: str) -> None:

@@ -59,12 +59,26 @@ def test_all_flags_reach_the_model(triton: TritonDouble) -> None:
         "max_sequence_length": 48,
         "output_quality": 90,
         "preview_interval": 3,
+        "priority": 9,
+        "deadline_s": 2.5,
+        "deadline_action": "continue",
     }
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     assert run(triton, "--prompt", "x", "--num-images-per-prompt", "2", *arguments) == 0
     request = triton.received[0]
     assert {name: request.value(name) for name in flags} == flags
     assert request.value("num_outputs") == 2
+
+
+def test_a_request_has_the_id_and_the_scope_that_are_given(
+    triton: TritonDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(triton, "--prompt", "x", "--request-id", "r1", "--cancel-scope", "team", "--json") == 0
+    assert (triton.received[0].id, triton.received[0].parameters) == ("r1", {"cancel_scope": "team"})
+    assert json.loads(capsys.readouterr().out)["request_id"] == "r1"
+    assert run(triton, "--prompt", "x", "--no-stream") == 0
+    assert triton.received[1].id not in ("", "r1")
+    assert triton.received[1].parameters == {}, "without a scope it is that of all who name none"
 
 
 def test_prompts_are_asked_for_together(triton: TritonDouble, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +150,11 @@ def test_headers_are_sent(triton: TritonDouble) -> None:
         (["--prompt", "x", "--stream-model", "other"], 1, "--no-stream"),
         (["--prompt", "x", "--no-stream", "--model", "other"], 1, "unknown model: 'other'"),
         (["--prompt", "slow", "--timeout-s", "0.1"], 1, "--timeout-s"),
+        (["--prompt", "too late"], 1, "error: DEADLINE_EXCEEDED: deadline_s=3 cannot be met; try again later; allow"),
+        (["--prompt", "too late", "--no-stream"], 1, "--deadline-s"),
+        (["--prompt", "midway too late"], 1, "--deadline-action continue"),
+        (["--prompt", "taken back"], 1, "error: cancelled in denoising after 3 steps\n"),
+        (["--prompt", "x", "--prompt", "y", "--request-id", "r1"], 2, "--request-id r1 names one request, but 2"),
         (["--prompt", "x", "--timeout-s", "0"], 2, "timeout_s=0"),
         (["--prompt", "x", "--seed", str(2**63)], 2, "does not fit into INT64"),
         (["--prompt", "x", "--url", "http://here:1"], 2, "protocol='http'"),
@@ -183,6 +202,11 @@ def test_an_unreachable_server_is_one_line(capsys: pytest.CaptureFixture[str]) -
         ["generate", "--prompt", "x", "--output-format", "gif"],
         ["generate", "--prompt", "x", "--concurrency", "0"],
         ["generate", "--prompt", "x", "--header", "nothing"],
+        ["generate", "--prompt", "x", "--deadline-action", "hurry"],
+        ["generate", "--prompt", "x", "--priority", "high"],
+        ["cancel"],
+        ["cancel", "r1", "r2"],
+        ["cancel", "r1", "--protocol", "ftp"],
     ],
 )
 def test_wrong_usage_ends_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +255,88 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("generate", "serve", "build-repository"))
+    assert all(command in printed for command in ("generate", "cancel", "serve", "build-repository"))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("generate", ["--priority", "--deadline-s", "--deadline-action", "--request-id", "--cancel-scope"]),
+        ("cancel", ["REQUEST_ID", "--cancel-scope", "--cancellation-model", "--url", "--protocol", "--timeout-s"]),
+    ],
+)
+def test_help_names_the_flags_and_says_what_an_empty_scope_means(
+    command: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(flag in printed for flag in flags)
+    assert "default: empty" in printed
+    assert "id is then the only secret" in printed
+
+
+def cancel(triton: TritonDouble, *arguments: str, protocol: str = "grpc") -> int:
+    url = triton.grpc_url if protocol == "grpc" else triton.http_url
+    return cli.main(["cancel", *arguments, "--url", url, "--protocol", protocol])
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("scope", [[], ["--cancel-scope", "team"]], ids=["no scope", "a scope"])
+def test_cancel_takes_back_a_request_of_another_process(
+    triton: TritonDouble, capsys: pytest.CaptureFixture[str], protocol: str, scope: list[str]
+) -> None:
+    arguments = ["--prompt", "slow", "--num-inference-steps", "1000", "--request-id", "r1", *scope]
+    process = start("generate", "--url", triton.grpc_url, *arguments)
+    deadline_s = time.monotonic() + 30
+    while not triton.received and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert cancel(triton, "r1", "--cancel-scope", "others", protocol=protocol) == 1
+    assert process.poll() is None
+    capsys.readouterr()
+    assert cancel(triton, "r1", *scope, protocol=protocol) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("cancelled r1\n", "")
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert errors.startswith("error: cancelled in denoising after ")
+
+
+def test_cancel_says_when_there_is_nothing_to_cancel(triton: TritonDouble, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cancel(triton, "r1") == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "no request r1 is waiting or running under this scope\n")
+    assert triton.received[0].inputs["request_id"] == ("BYTES", [1], "r1")
+    assert triton.received[0].parameters == {}
+
+
+def test_cancel_sends_headers_scope_and_time_out(triton: TritonDouble) -> None:
+    flags = ["--cancel-scope", "team", "--header", "Authorization: Bearer a:b", "--timeout-s", "30"]
+    assert cancel(triton, "r1", *flags) == 1
+    request = triton.received[0]
+    assert request.parameters == {"cancel_scope": "team", "timeout": 30_000_000}
+    assert request.headers["authorization"] == "Bearer a:b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--cancellation-model", "other"], 1, "name the server's model that cancels with --cancellation-model"),
+        (["--timeout-s", "0"], 2, "timeout_s=0"),
+        (["--url", "127.0.0.1:1"], 1, "cannot reach a server at 127.0.0.1:1"),
+        (["--url", "http://here:1"], 2, "protocol='http'"),
+    ],
+)
+def test_a_cancel_that_fails_is_one_line_and_an_exit_code(
+    triton: TritonDouble, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert cli.main(["cancel", "r1", "--url", triton.grpc_url, *arguments]) == code
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
 
 
 @pytest.fixture

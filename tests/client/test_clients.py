@@ -23,6 +23,7 @@ from tests.client.conftest import Caller, TritonDouble
 
 from triton_diffusion_client import (
     AsyncDiffusionClient,
+    DeadlineExceededError,
     DiffusionClient,
     DiffusionClientError,
     GenerationResult,
@@ -47,6 +48,9 @@ ALL_OPTIONS = {
     "num_images_per_prompt": 2,
     "max_sequence_length": 48,
     "output_quality": 90,
+    "priority": 9,
+    "deadline_s": 2.5,
+    "deadline_action": "drop",
 }
 
 
@@ -159,6 +163,8 @@ def test_stream_yields_previews_when_asked(caller: Caller) -> None:
         ("crash", ServerError),
         ("taken back", RequestCancelledError),
         ("late", RequestTimeoutError),
+        ("too late", DeadlineExceededError),
+        ("taken back too late", DeadlineExceededError),
     ],
 )
 def test_an_error_of_generate_has_its_type_and_the_servers_message(
@@ -169,7 +175,9 @@ def test_an_error_of_generate_has_its_type_and_the_servers_message(
         "too much": "the queue is full; come back later",
         "crash": "the worker group died",
         "taken back": "cancelled in denoising after 3 steps",
-        "late": "deadline_s=3 is over",
+        "late": "the time-out of 3 s is over",
+        "too late": "DEADLINE_EXCEEDED: deadline_s=3 cannot be met; try again later",
+        "taken back too late": "DEADLINE_EXCEEDED: deadline_s=3 is over; cancelled after 3 steps",
     }
     with pytest.raises(error) as caught:
         caller.generate(prompt, request_id="r1")
@@ -185,6 +193,9 @@ def test_an_error_of_generate_has_its_type_and_the_servers_message(
         ("too much", ServerUnavailableError),
         ("taken back", RequestCancelledError),
         ("midway", ServerError),
+        ("too late", DeadlineExceededError),
+        ("taken back too late", DeadlineExceededError),
+        ("midway too late", DeadlineExceededError),
     ],
 )
 def test_an_error_of_a_stream_has_its_type(caller: Caller, prompt: str, error: type[DiffusionClientError]) -> None:
@@ -227,6 +238,95 @@ def test_a_request_may_wait_longer_than_its_client(caller: Caller) -> None:
 def test_closing_a_stream_cancels_the_request(caller: Caller, triton: TritonDouble) -> None:
     caller.close_stream_after(2, "slow", num_inference_steps=100)
     assert triton.received[0].cancelled.is_set()
+
+
+def test_each_client_has_a_scope_of_its_own_unless_it_is_given_one(caller: Caller, triton: TritonDouble) -> None:
+    caller.generate("x")
+    caller.stream("x")
+    caller.cancel("r1")
+    scopes = [request.parameters["cancel_scope"] for request in triton.received]
+    assert len(set(scopes)) == 3
+    assert all(len(scope) == 32 for scope in scopes), "too short to be guessed"
+    triton.received.clear()
+    shared = {"cancel_scope": "team"}
+    caller.generate("x", client=shared)
+    caller.stream("x", client=shared)
+    caller.cancel("r1", **shared)
+    assert [request.parameters["cancel_scope"] for request in triton.received] == ["team"] * 3
+
+
+def test_a_client_with_an_empty_scope_names_none(caller: Caller, triton: TritonDouble) -> None:
+    caller.generate("x", client={"cancel_scope": ""})
+    caller.cancel("r1", cancel_scope="")
+    assert [request.parameters.get("cancel_scope") for request in triton.received] == [None, None]
+
+
+def test_cancel_asks_the_model_that_cancels_for_the_id(caller: Caller, triton: TritonDouble) -> None:
+    headers = {"Authorization": "Bearer secret"}
+    assert caller.cancel("r1", cancel_scope="team", timeout_s=30, headers=headers) is False
+    request = triton.received[0]
+    assert request.model == "cancellation"
+    assert request.inputs == {"request_id": ("BYTES", [1], "r1")}
+    assert (request.parameters["cancel_scope"], request.parameters["timeout"]) == ("team", 30_000_000)
+    assert request.headers["authorization"] == "Bearer secret"
+
+
+def test_cancel_is_of_the_model_given_to_the_client(caller: Caller, triton: TritonDouble) -> None:
+    with pytest.raises(ModelNotFoundError, match="unknown model: 'stopping'"):
+        caller.cancel("r1", cancellation_model="stopping")
+
+
+def test_cancel_reports_an_unreachable_server(caller: Caller) -> None:
+    caller.url = unused_address()
+    with pytest.raises(ServerUnavailableError, match="cannot reach"):
+        caller.cancel("r1")
+
+
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_only_the_same_scope_cancels_and_the_request_raises_where_it_is_waited_for(
+    caller: Caller, triton: TritonDouble, call: str
+) -> None:
+    shared = {"cancel_scope": "team"}
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(getattr(caller, call), "slow", client=shared, num_inference_steps=200, request_id="r1")
+        wait_for_requests(triton, 1)
+        assert not caller.cancel("r1")
+        assert not caller.cancel("r1", cancel_scope="others")
+        assert not caller.cancel("r2", **shared)
+        assert not waiting.done()
+        assert caller.cancel("r1", **shared)
+        with pytest.raises(RequestCancelledError, match="cancelled in denoising") as caught:
+            waiting.result(5)
+        assert caught.value.request_id == "r1"
+        assert not caller.cancel("r1", **shared), "it is over"
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_client_cancels_its_own_request(triton: TritonDouble, protocol: Any) -> None:
+    url = triton.grpc_url if protocol == "grpc" else triton.http_url
+    with DiffusionClient(url, protocol) as client, ThreadPoolExecutor() as threads:
+        waiting = threads.submit(client.generate, "slow", num_inference_steps=200, request_id="r1")
+        wait_for_requests(triton, 1)
+        assert client.cancel("r1")
+        with pytest.raises(RequestCancelledError):
+            waiting.result(5)
+
+    async def run() -> None:
+        async with AsyncDiffusionClient(url, protocol) as client:
+            waiting = asyncio.create_task(client.generate("slow", num_inference_steps=200, request_id="r2"))
+            await asyncio.to_thread(wait_for_requests, triton, 3)
+            assert await client.cancel("r2")
+            with pytest.raises(RequestCancelledError):
+                await waiting
+
+    asyncio.run(run())
+
+
+def wait_for_requests(triton: TritonDouble, number: int) -> None:
+    deadline_s = time.monotonic() + 10
+    while len(triton.received) < number and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert len(triton.received) == number
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -397,6 +497,8 @@ def test_a_closed_client_refuses_requests(triton: TritonDouble) -> None:
     client.close()
     with pytest.raises(RuntimeError, match="closed"):
         client.generate("x")
+    with pytest.raises(RuntimeError, match="closed"):
+        client.cancel("r1")
 
 
 def test_only_text_formats_stream_over_http(triton: TritonDouble) -> None:
@@ -413,6 +515,7 @@ def test_only_text_formats_stream_over_http(triton: TritonDouble) -> None:
         ({"url": "grpc://localhost:8001", "protocol": "http"}, "protocol='grpc'"),
         ({"url": "localhost:port", "protocol": "http"}, "host:port"),
         ({"timeout_s": 0}, "timeout_s=0"),
+        ({"cancel_scope": "\ud800"}, "cancel_scope has a lone surrogate"),
         ({"private_key": "key.pem"}, "belong together"),
     ],
 )

@@ -6,7 +6,9 @@ import grpc
 import pytest
 
 from triton_diffusion_client import (
+    DeadlineExceededError,
     DiffusionClientError,
+    GenerationOptions,
     InvalidRequestError,
     ModelNotFoundError,
     RequestCancelledError,
@@ -17,6 +19,7 @@ from triton_diffusion_client import (
     errors,
 )
 from triton_diffusion_client._connection import Connection
+from triton_diffusion_client._protocol import build_request
 
 
 @pytest.mark.parametrize(
@@ -56,14 +59,36 @@ def test_a_message_without_a_status_is_known_by_its_words(message: str, error: t
     assert (str(made), made.status, made.request_id) == (message, None, "r1")
 
 
+@pytest.mark.parametrize("status", ["UNAVAILABLE", "503", "CANCELLED", "400", "INTERNAL", "DEADLINE_EXCEEDED", "418"])
+def test_a_missed_deadline_is_known_by_how_its_message_begins_whatever_the_status(status: str) -> None:
+    message = "DEADLINE_EXCEEDED: deadline_s=3 cannot be met"
+    made = errors.error_from_status(status, message, "r1")
+    assert type(made) is DeadlineExceededError
+    assert (str(made), made.status, made.request_id) == (message, status, "r1")
+
+
+@pytest.mark.parametrize("words", ["try again", "the queue is full", "cancelled after 3 steps", "is not ready"])
+def test_a_missed_deadline_is_known_whatever_else_its_message_says(words: str) -> None:
+    for default in (InvalidRequestError, ServerError):
+        made = errors.error_from_message(f"DEADLINE_EXCEEDED: {words}", default, "r1")
+        assert type(made) is DeadlineExceededError
+        assert (made.status, made.request_id) == (None, "r1")
+
+
+def test_a_message_that_mentions_a_deadline_later_on_is_no_missed_deadline() -> None:
+    message = "the worker said DEADLINE_EXCEEDED: too late"
+    assert type(errors.error_from_status("UNAVAILABLE", message)) is ServerUnavailableError
+    assert type(errors.error_from_message(message, ServerError)) is ServerError
+
+
 class RpcFailure(grpc.RpcError):
     """What gRPC raises, with the words that its version 1.85 was seen to use."""
 
-    def __init__(self, message: str) -> None:
-        self._message = message
+    def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
+        self._message, self._code = message, code
 
     def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.UNAVAILABLE
+        return self._code
 
     def details(self) -> str:
         return self._message
@@ -88,7 +113,25 @@ def test_a_connection_that_fails_is_told_from_a_server_that_refuses(message: str
     assert (str(made) == message) == (not is_connection)
 
 
+def test_over_grpc_a_missed_deadline_is_told_from_a_connection_that_fails_and_from_a_time_out() -> None:
+    connection = Connection(protocol="grpc", address="gpu:8001")
+    request = build_request(
+        "diffusion", "x", {"timeout_s": 3}, allowed=GenerationOptions, cancel_scope="", default_timeout_s=None
+    )
+    for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        failure = RpcFailure("DEADLINE_EXCEEDED: a worker's socket closed", code)
+        assert type(_grpc.to_client_error(failure, connection, request)) is DeadlineExceededError
+    timed_out = RpcFailure("Deadline Exceeded", grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert type(_grpc.to_client_error(timed_out, connection, request)) is RequestTimeoutError
+
+
 def test_all_errors_have_one_base() -> None:
-    for name in ("InvalidRequestError", "ModelNotFoundError", "ServerError", "RequestTimeoutError"):
+    for name in (
+        "InvalidRequestError",
+        "ModelNotFoundError",
+        "ServerError",
+        "RequestTimeoutError",
+        "DeadlineExceededError",
+    ):
         assert issubclass(getattr(errors, name), DiffusionClientError)
         assert name in (errors.__doc__ or "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,14 @@ from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
 from triton_diffusion_client import GenerationOptions, ServerError, StreamOptions, _grpc, _http
-from triton_diffusion_client._protocol import EventReader, WireRequest, build_request, read_result
+from triton_diffusion_client._protocol import (
+    EventReader,
+    WireRequest,
+    build_cancel_request,
+    build_request,
+    read_cancelled,
+    read_result,
+)
 from triton_diffusion_client.results import GenerationResult, Preview, Progress
 
 CONTRACT = {  # option: tensor, Triton data type, a value
@@ -30,12 +38,23 @@ CONTRACT = {  # option: tensor, Triton data type, a value
     "output_format": ("output_format", "BYTES", "webp"),
     "output_quality": ("output_quality", "INT32", 90),
     "preview_interval": ("preview_interval", "INT32", 4),
+    "priority": ("priority", "INT32", 9),
+    "deadline_s": ("deadline_s", "FP32", 2.5),
+    "deadline_action": ("deadline_action", "BYTES", "continue"),
 }
 NOT_TENSORS = {"timeout_s", "request_id"}
 
 
-def build(prompt: Any = "x", **options: Any) -> WireRequest:
-    return build_request("diffusion", prompt, options, allowed=StreamOptions, default_timeout_s=None)
+def build(prompt: Any = "x", cancel_scope: str = "", **options: Any) -> WireRequest:
+    return build_request(
+        "diffusion", prompt, options, allowed=StreamOptions, cancel_scope=cancel_scope, default_timeout_s=None
+    )
+
+
+def head_of(post: _http.HttpRequest) -> dict[str, Any]:
+    """The JSON part of a request with binary tensors."""
+    head: dict[str, Any] = json.loads(post.body[: int(post.headers["Inference-Header-Content-Length"])])
+    return head
 
 
 def file_of(colour: int, file_format: str = "png") -> bytes:
@@ -48,7 +67,7 @@ def response(**tensors: np.ndarray) -> InferResult:
     message = service_pb2.ModelInferResponse()
     for name, tensor in tensors.items():
         is_text = tensor.dtype == np.object_
-        datatype = "BYTES" if is_text else {"uint8": "UINT8", "int64": "INT64"}[tensor.dtype.name]
+        datatype = "BYTES" if is_text else {"uint8": "UINT8", "int64": "INT64", "bool": "BOOL"}[tensor.dtype.name]
         message.outputs.add(name=name, datatype=datatype, shape=list(tensor.shape))
         message.raw_output_contents.append(serialize_byte_tensor(tensor).item() if is_text else tensor.tobytes())
     return InferResult(message)
@@ -97,8 +116,7 @@ def test_an_option_becomes_its_tensor_over_grpc(option: str) -> None:
 def test_an_option_becomes_its_tensor_over_http(option: str) -> None:
     tensor, datatype, value = CONTRACT[option]
     post = _http.to_infer_request(build(**{option: value}))
-    head = json.loads(post.body[: int(post.headers["Inference-Header-Content-Length"])])
-    inputs = {entry["name"]: entry for entry in head["inputs"]}
+    inputs = {entry["name"]: entry for entry in head_of(post)["inputs"]}
     assert inputs[tensor]["datatype"] == datatype
     assert inputs[tensor]["shape"] == [1]
     assert post.path == "/v2/models/diffusion/infer"
@@ -119,9 +137,69 @@ def test_a_stream_over_http_asks_for_text() -> None:
     assert post.path == "/v2/models/diffusion/generate_stream"
 
 
+def test_the_scope_is_a_parameter_of_the_request_on_every_way() -> None:
+    request = build("x", cancel_scope="team", timeout_s=2, priority=9)
+    message = _grpc.to_infer_request(request)
+    assert message.parameters["cancel_scope"].string_param == "team"
+    assert message.parameters["timeout"].int64_param == 2_000_000
+    assert head_of(_http.to_infer_request(request))["parameters"]["cancel_scope"] == "team"
+    fields = json.loads(_http.to_stream_request(request).body)
+    assert (fields["cancel_scope"], fields["prompt"], fields["priority"]) == ("team", "x", 9)
+    assert "cancel_scope" not in [name for name, _, _ in request.tensors()]
+
+
+def test_the_empty_scope_is_that_of_requests_without_one() -> None:
+    request = build("x", cancel_scope="")
+    assert not _grpc.to_infer_request(request).parameters
+    assert "cancel_scope" not in head_of(_http.to_infer_request(request))["parameters"]
+    assert "cancel_scope" not in json.loads(_http.to_stream_request(request).body)
+
+
+def test_the_scope_is_a_secret_that_no_log_tells() -> None:
+    assert "team" not in repr(build("x", cancel_scope="team"))
+
+
+def test_a_cancel_names_the_model_the_id_and_the_scope() -> None:
+    request = build_cancel_request("cancellation", "r1", cancel_scope="team", timeout_s=2)
+    message = _grpc.to_infer_request(request)
+    assert message.model_name == "cancellation"
+    assert [(entry.name, entry.datatype, list(entry.shape)) for entry in message.inputs] == [
+        ("request_id", "BYTES", [1])
+    ]
+    assert list(message.raw_input_contents) == [b"\x02\x00\x00\x00r1"]
+    assert message.parameters["cancel_scope"].string_param == "team"
+    assert message.id not in ("", "r1")
+    post = _http.to_infer_request(request)
+    assert post.path == "/v2/models/cancellation/infer"
+    assert post.body.endswith(b"\x02\x00\x00\x00r1")
+    assert head_of(post)["parameters"]["cancel_scope"] == "team"
+
+
+@pytest.mark.parametrize(
+    ("request_id", "error"), [(None, TypeError), (7, TypeError), (b"r1", TypeError), ("\ud800", ValueError)]
+)
+def test_an_id_that_cannot_be_sent_is_not_cancelled(request_id: Any, error: type) -> None:
+    with pytest.raises(error, match="request_id"):
+        build_cancel_request("cancellation", request_id, cancel_scope="", timeout_s=None)
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_the_answer_to_a_cancel_is_read(cancelled: bool) -> None:
+    assert read_cancelled(response(cancelled=np.array([cancelled])), build()) is cancelled
+
+
+@pytest.mark.parametrize("tensors", [{}, {"cancelled": np.array([True, False])}, {"cancelled": np.array([], bool)}])
+def test_an_answer_that_does_not_say_whether_it_cancelled_is_an_error_of_the_server(
+    tensors: dict[str, np.ndarray],
+) -> None:
+    request = build_cancel_request("cancellation", "r1", cancel_scope="", timeout_s=None)
+    with pytest.raises(ServerError, match="'cancellation'"):
+        read_cancelled(response(**tensors), request)
+
+
 def test_numpy_numbers_are_numbers() -> None:
     values = build(height=np.int64(64), guidance_scale=np.float32(2.5)).values
-    assert values == {"prompt": "x", "height": 64, "guidance_scale": 2.5}
+    assert values == {"prompt": "x", "height": 64, "guidance_scale": 2.5, "output_format": "png"}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +217,11 @@ def test_numpy_numbers_are_numbers() -> None:
         ("x", {"guidance_scale": 1e39}, ValueError, "guidance_scale"),
         ("x", {"guidance_scale": float("nan")}, ValueError, "guidance_scale=nan"),
         ("x", {"output_format": b"png"}, TypeError, "output_format"),
+        ("x", {"request_id": 7}, TypeError, r"request_id is 7 \(int\)"),
+        ("x", {"priority": 2.5}, TypeError, "priority is 2.5"),
+        ("x", {"deadline_s": "soon"}, TypeError, "deadline_s is 'soon'"),
+        ("x", {"deadline_s": math.inf}, ValueError, "deadline_s=inf"),
+        ("x", {"deadline_action": True}, TypeError, "deadline_action is True"),
         ("x", {"timeout_s": -1}, ValueError, "timeout_s=-1"),
         ("x", {"timeout_s": float("nan")}, ValueError, "timeout_s=nan"),
         ("x", {"num_inferense_steps": 4}, TypeError, "did you mean num_inference_steps"),
@@ -151,11 +234,14 @@ def test_what_cannot_be_sent_is_refused(prompt: Any, options: dict[str, Any], er
 
 def test_what_a_picture_may_be_is_left_to_the_server() -> None:
     assert build("", height=-7, num_images_per_prompt=0, output_format="gif").values["height"] == -7
+    assert build("", priority=-1, deadline_action="hurry").values["deadline_action"] == "hurry"
 
 
 def test_previews_are_not_for_single_answers() -> None:
     with pytest.raises(TypeError, match="preview_interval"):
-        build_request("m", "x", {"preview_interval": 1}, allowed=GenerationOptions, default_timeout_s=None)
+        build_request(
+            "m", "x", {"preview_interval": 1}, allowed=GenerationOptions, cancel_scope="", default_timeout_s=None
+        )
 
 
 def test_a_result_is_read() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from triton_diffusion.repository import build_repository
+from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.server import TritonServer
 
 _DTYPES = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8": np.uint8}
@@ -32,6 +36,10 @@ INPUT_TYPES = {
     "output_format": "BYTES",
     "output_quality": "INT32",
     "preview_interval": "INT32",
+    "priority": "INT32",
+    "deadline_s": "FP32",
+    "deadline_action": "BYTES",
+    "request_id": "BYTES",
 }
 
 
@@ -52,6 +60,20 @@ class RunningServer:
                 if stage_model is None or f"/{stage_model}/" in stub:
                     found.append(process)
         return found
+
+    def metric(self, name: str, stage_model: str) -> float:
+        """A number of ours on the metrics page, which is at most a second old."""
+        with urllib.request.urlopen(self.process.metrics_url, timeout=10) as response:
+            page = response.read().decode()
+        (line,) = [line for line in page.splitlines() if line.startswith(f'diffusion_{name}{{model="{stage_model}"')]
+        return float(line.rsplit(" ", 1)[1])
+
+    def wait_until_idle(self, timeout_s: float = 20.0) -> None:
+        """Return when no stage has a request any more."""
+        deadline_s = time.monotonic() + timeout_s
+        while any(self.metric(name, stage) for stage in STAGE_MODELS for name in ("queue_depth", "running_requests")):
+            assert time.monotonic() < deadline_s, "a stage still has requests"
+            time.sleep(0.1)
 
     def infer(self, *, protocol: str = "grpc", model: str = "diffusion", **inputs: Any) -> Any:
         """One request through tritonclient; returns its InferResult."""
@@ -78,12 +100,17 @@ def tensor(module: Any, name: str, value: Any, datatype: str | None = None) -> A
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that all tests share; a test that breaks it must leave it as it was."""
     folder = tmp_path_factory.mktemp("server")
-    yield from run_server(folder, {"dtype": "float32", "max_num_inference_steps": "200"})
+    settings = {"dtype": "float32", "max_num_inference_steps": "200", "max_concurrent_requests": "256"}
+    with own_server(folder, settings) as running:
+        yield running
 
 
-def run_server(folder: Path, settings: dict[str, str], **options: Any) -> Iterator[RunningServer]:
+@contextmanager
+def own_server(
+    folder: Path, settings: dict[str, str], *, response_cache: bool = False, **options: Any
+) -> Iterator[RunningServer]:
     """A server of its own with certain parameters; on the way out nothing of it may be left."""
-    repository = build_repository(folder / "models", settings)
+    repository = build_repository(folder / "models", settings, response_cache=response_cache)
     before = shared_memory()
     with TritonServer(repository, log_file=folder / "server.log", exit_timeout_s=20, **options) as process:
         process.wait_until_ready(180)

@@ -47,6 +47,10 @@ BAD_INPUTS = [
         "output_format='pgn' must be one of b64_png, b64_jpeg, b64_webp, png, jpeg, webp, raw .did you mean png",
     ),
     ({"output_format": "jpeg", "output_quality": 101}, "output_quality=101 must be between 1 and 100"),
+    ({"priority": 10}, "priority=10 must be between 0 and 9"),
+    ({"deadline_s": 0.0}, r"deadline_s=0\.0 must be above 0"),
+    ({"deadline_s": float("nan")}, "deadline_s=nan must be above 0"),
+    ({"deadline_s": 9.0, "deadline_action": "stop"}, "deadline_action='stop' must be one of refuse, drop, continue"),
 ]
 
 

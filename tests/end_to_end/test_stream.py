@@ -7,7 +7,7 @@ import json
 import queue
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,10 +53,16 @@ def progress_of(response: Any) -> dict[str, Any] | None:
     return None if value is None else json.loads(value[0])
 
 
+def advancing(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that a slow moment puts in between, which say again what was said."""
+    told = {message["step"]: message for message in reversed(list(messages))}
+    return [told[step] for step in sorted(told) if step]
+
+
 def test_there_is_a_message_for_every_step_and_then_the_picture(server: RunningServer) -> None:
     with stream(server, prompt=PROMPT, seed=2, num_inference_steps=6, output_format="raw") as responses:
         *messages, result = responses
-    steps = [progress_of(message) for message in messages]
+    steps = advancing(progress_of(message) for message in messages)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert all(step["total"] == 6 and step["elapsed_s"] > 0 for step in steps)
     assert steps[-1]["remaining_s"] == 0
@@ -135,5 +141,17 @@ def test_generate_stream_sends_an_event_a_step_over_http(server: RunningServer) 
     with urllib.request.urlopen(request, timeout=60) as response:
         lines = [line.decode() for line in response]
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
-    assert [json.loads(event["progress"])["step"] for event in events[:-1]] == [1, 2, 3]
+    assert [step["step"] for step in advancing(json.loads(event["progress"]) for event in events[:-1])] == [1, 2, 3]
     assert events[-1]["generated_image"]
+
+
+def test_a_stream_whose_request_waits_says_so_every_second(server: RunningServer) -> None:
+    """Something must be sent now and then: only so does Triton notice that a caller over HTTP went away."""
+    (rank,) = server.ranks("text_encoding")
+    rank.suspend()
+    try:
+        with stream(server, prompt=PROMPT, num_inference_steps=2) as responses:
+            messages = [progress_of(next(responses)) for _ in range(2)]
+    finally:
+        rank.resume()
+    assert [(message["step"], message["total"]) for message in messages] == [(0, 2), (0, 2)]

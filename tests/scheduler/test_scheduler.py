@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from triton_diffusion.errors import QueueFullError
-from triton_diffusion.scheduler import RowId, Scheduler, Tick, Work
+from triton_diffusion.scheduler import CostModel, RowId, Scheduler, Tick, Work
 
 
 class Clock:
@@ -24,15 +24,15 @@ def make_scheduler(**values: Any) -> Scheduler:
     defaults: dict[str, Any] = {
         "num_replicas": 1,
         "max_queue_size": 100,
-        "max_batch_size": 4,
+        "max_batch_tokens": 4,
         "step_batching": True,
         "clock": Clock(),
     }
     return Scheduler(**defaults | values)
 
 
-def work(request_id: str, *, rows: int = 1, steps: int = 1, key: str = "k", tokens: int = 1) -> Work:
-    return Work(request_id=request_id, batch_key=key, num_rows=rows, num_steps=steps, tokens=tokens)
+def work(request_id: str, *, rows: int = 1, steps: int = 1, key: str = "k", tokens: int = 1, **values: Any) -> Work:
+    return Work(request_id=request_id, batch_key=key, num_rows=rows, num_steps=steps, tokens=tokens, **values)
 
 
 def rows_of(scheduler: Scheduler, replica: int = 0) -> list[RowId]:
@@ -65,7 +65,7 @@ def test_an_empty_scheduler_has_no_tick() -> None:
 
 
 def test_requests_run_first_come_first_served() -> None:
-    scheduler = make_scheduler(max_batch_size=1)
+    scheduler = make_scheduler(max_batch_tokens=1)
     for name in "cab":
         scheduler.submit(work(name))
     assert [row_names(rows_of(scheduler)) for _ in range(3)] == ["c0", "a0", "b0"]
@@ -78,12 +78,29 @@ def test_a_batch_holds_the_rows_of_several_requests() -> None:
     assert row_names(rows_of(scheduler)) == "a0 a1 b0"
 
 
-def test_a_batch_has_at_most_max_batch_size_rows() -> None:
-    scheduler = make_scheduler(max_batch_size=3)
+def test_a_batch_of_rows_of_one_token_has_as_many_rows_as_tokens() -> None:
+    scheduler = make_scheduler(max_batch_tokens=3)
     for name in "abcde":
         scheduler.submit(work(name))
     assert row_names(rows_of(scheduler)) == "a0 b0 c0"
     assert row_names(rows_of(scheduler)) == "d0 e0"
+
+
+def test_a_batch_has_at_most_max_batch_tokens() -> None:
+    scheduler = make_scheduler(max_batch_tokens=100)
+    for name, tokens in (("a", 40), ("guided", 80), ("b", 40)):
+        scheduler.submit(work(name, tokens=tokens))
+    tick = scheduler.next_tick(0)
+    assert tick is not None
+    assert (row_names(tick.rows), tick.tokens) == ("a0 b0", 80)
+    assert row_names(rows_of(scheduler)) == "guided0"
+
+
+def test_a_row_of_more_tokens_than_a_batch_may_have_runs_alone() -> None:
+    scheduler = make_scheduler(max_batch_tokens=100)
+    scheduler.submit(work("large", tokens=500))
+    scheduler.submit(work("small", tokens=20))
+    assert [row_names(rows_of(scheduler)) for _ in range(2)] == ["large0", "small0"]
 
 
 def test_only_rows_of_equal_batch_key_share_a_tick() -> None:
@@ -105,7 +122,7 @@ def test_a_request_joins_at_the_next_tick_and_rows_at_different_steps_share_it()
 
 
 def test_a_row_that_is_done_makes_room_at_once() -> None:
-    scheduler = make_scheduler(max_batch_size=2)
+    scheduler = make_scheduler(max_batch_tokens=2)
     for name, steps in (("a", 2), ("b", 4), ("c", 1)):
         scheduler.submit(work(name, steps=steps))
     batches = [row_names(rows_of(scheduler)) for _ in range(4)]
@@ -121,7 +138,7 @@ def test_a_step_batching_tick_is_one_step() -> None:
 
 
 def test_a_request_with_more_rows_than_a_batch_runs_in_several() -> None:
-    scheduler = make_scheduler(max_batch_size=2)
+    scheduler = make_scheduler(max_batch_tokens=2)
     scheduler.submit(work("a", rows=3, steps=2))
     batches = [row_names(rows_of(scheduler)) for _ in range(4)]
     assert batches == ["a0 a1", "a0 a1", "a2", "a2"]
@@ -186,9 +203,9 @@ def test_the_reference_loop_runs_one_request_through_all_its_steps() -> None:
     assert finish(scheduler, second) == ["b"]
 
 
-def test_the_reference_loop_keeps_to_max_batch_size() -> None:
+def test_the_reference_loop_keeps_to_max_batch_tokens() -> None:
     """num_outputs may be larger than what fits the device in one forward pass."""
-    scheduler = make_scheduler(step_batching=False, max_batch_size=2)
+    scheduler = make_scheduler(step_batching=False, max_batch_tokens=2)
     scheduler.submit(work("a", rows=3, steps=5))
     assert row_names(rows_of(scheduler)) == "a0 a1"
     assert row_names(rows_of(scheduler)) == "a2"
@@ -199,10 +216,10 @@ def test_the_reference_loop_keeps_to_max_batch_size() -> None:
 
 
 def test_a_full_queue_refuses_and_says_how_full_it_is() -> None:
-    scheduler = make_scheduler(max_queue_size=2)
-    scheduler.submit(work("a"))
+    scheduler = make_scheduler(max_queue_size=2, cost_model=CostModel([(1, 0.5)]))
+    scheduler.submit(work("a", steps=5))
     scheduler.submit(work("b"))
-    with pytest.raises(QueueFullError, match=r"2 requests wait or run .*max_queue_size"):
+    with pytest.raises(QueueFullError, match=r"2 requests .* wait or run \(parameter max_queue_size=2\).*about 3\.0 s"):
         scheduler.submit(work("c"))
     assert "c" not in scheduler
 
@@ -224,6 +241,21 @@ def test_an_id_that_is_here_is_refused() -> None:
     with pytest.raises(ValueError, match="'a' is here already"):
         scheduler.submit(work("a"))
     assert scheduler.entry("a").work.num_steps == 3
+
+
+def test_a_queue_is_full_by_its_work_too() -> None:
+    scheduler = make_scheduler(max_queue_cost=100)
+    scheduler.submit(work("a", steps=10, tokens=6))
+    with pytest.raises(QueueFullError, match=r"60 tokens x steps .*max_queue_cost=100.* asks for 50 more"):
+        scheduler.submit(work("b", steps=10, tokens=5))
+    scheduler.submit(work("c", steps=10, tokens=4))
+
+
+def test_a_request_of_more_work_than_the_queue_may_hold_is_taken_when_nothing_else_is_here() -> None:
+    scheduler = make_scheduler(max_queue_cost=100)
+    scheduler.submit(work("large", steps=10, tokens=60))
+    with pytest.raises(QueueFullError):
+        scheduler.submit(work("small"))
 
 
 # Removal.
@@ -277,7 +309,7 @@ def test_a_request_goes_to_the_replica_with_the_least_work_left() -> None:
 
 
 def test_work_is_tokens_times_rows_times_steps_that_are_left() -> None:
-    scheduler = make_scheduler(num_replicas=2)
+    scheduler = make_scheduler(num_replicas=2, max_batch_tokens=10)
     scheduler.submit(work("a", rows=2, steps=3, tokens=5))
     scheduler.submit(work("b", rows=1, steps=3, tokens=8))
     assert [scheduler.entry(name).work_left for name in "ab"] == [30, 24]
@@ -300,7 +332,7 @@ def test_a_reset_replica_runs_its_started_requests_from_the_first_step() -> None
     scheduler = make_scheduler()
     scheduler.submit(work("a", steps=3))
     rows_of(scheduler)
-    scheduler.submit(work("waiting", key="other"))
+    scheduler.submit(work("waiting", key="other", priority=0))
     scheduler.next_tick(0)
     assert scheduler.reset_replica(0) == ["a"]
     assert scheduler.entry("a").step == 0
@@ -322,6 +354,17 @@ def test_requests_that_ran_when_a_replica_died_run_alone_afterwards() -> None:
     for name in ("c", "d"):
         scheduler.submit(work(name))
     assert [row_names(rows_of(scheduler)) for _ in range(3)] == ["a0", "b0", "c0 d0"]
+
+
+def test_a_suspect_goes_before_what_came_before_it() -> None:
+    scheduler = make_scheduler(num_replicas=2)
+    for name in ("long", "culprit"):
+        scheduler.submit(work(name, steps=50))
+    scheduler.next_tick(1)
+    scheduler.reset_replica(1)
+    scheduler.set_available(1, False)
+    assert scheduler.requests_of(0) == ["long", "culprit"]
+    assert row_names(rows_of(scheduler)) == "culprit0"
 
 
 def test_a_suspect_is_never_out_together_with_another_request() -> None:

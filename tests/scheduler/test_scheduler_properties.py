@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter, deque
 
 import hypothesis.strategies as st
-from hypothesis import settings
+import pytest
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from triton_diffusion.errors import QueueFullError
-from triton_diffusion.scheduler import RowId, Scheduler, Tick, Work
+from triton_diffusion.config import PolicyName
+from triton_diffusion.errors import DeadlineExceededError, QueueFullError
+from triton_diffusion.scheduler import CostModel, DeadlineAction, RowId, Scheduler, Tick, Work
 
 MAX_QUEUE_SIZE = 6
 
@@ -38,15 +40,23 @@ class CountingReplica:
 class SchedulerMachine(RuleBasedStateMachine):
     """Every rule does one thing that the service does, on a scheduler of any size."""
 
-    @initialize(num_replicas=st.integers(1, 3), max_batch_size=st.integers(1, 4), step_batching=st.booleans())
-    def start(self, num_replicas: int, max_batch_size: int, step_batching: bool) -> None:
+    @initialize(
+        num_replicas=st.integers(1, 3),
+        max_batch_tokens=st.integers(1, 12),
+        step_batching=st.booleans(),
+        policy=st.sampled_from(["fair", "drr", "fifo"]),
+    )
+    def start(self, num_replicas: int, max_batch_tokens: int, step_batching: bool, policy: PolicyName) -> None:
         self.now_s = 0.0
-        self.max_batch_size = max_batch_size
+        self.max_batch_tokens = max_batch_tokens
         self.scheduler = Scheduler(
             num_replicas=num_replicas,
             max_queue_size=MAX_QUEUE_SIZE,
-            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
             step_batching=step_batching,
+            policy=policy,
+            ageing_s=5.0,
+            cost_model=CostModel([(1, 0.1), (10, 0.5)]),
             clock=lambda: self.now_s,
         )
         self.replicas = [CountingReplica() for _ in range(num_replicas)]
@@ -54,15 +64,44 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ends: Counter[str] = Counter()
         self.numbers = 0
 
-    @rule(rows=st.integers(1, 5), steps=st.integers(1, 4), key=st.sampled_from("xy"), tokens=st.integers(1, 9))
-    def submit(self, rows: int, steps: int, key: str, tokens: int) -> None:
+    @rule(
+        rows=st.integers(1, 5),
+        steps=st.integers(1, 4),
+        key=st.sampled_from("xy"),
+        tokens=st.integers(1, 9),
+        priority=st.integers(0, 9),
+        deadline_s=st.none() | st.floats(0.1, 30),
+        deadline_action=st.sampled_from(["refuse", "drop", "continue"]),
+    )
+    def submit(
+        self,
+        rows: int,
+        steps: int,
+        key: str,
+        tokens: int,
+        priority: int,
+        deadline_s: float | None,
+        deadline_action: DeadlineAction,
+    ) -> None:
         self.numbers += 1
-        work = Work(request_id=f"r{self.numbers}", batch_key=key, num_rows=rows, num_steps=steps, tokens=tokens)
+        work = Work(
+            request_id=f"r{self.numbers}",
+            batch_key=key,
+            num_rows=rows,
+            num_steps=steps,
+            tokens=tokens,
+            priority=priority,
+            deadline_s=None if deadline_s is None else self.now_s + deadline_s,
+            deadline_action=deadline_action,
+        )
         here = len(self.scheduler)
         try:
             self.scheduler.submit(work)
         except QueueFullError:
             assert here == MAX_QUEUE_SIZE
+        except DeadlineExceededError:
+            assert deadline_s is not None
+            assert deadline_action == "refuse"
         else:
             assert here < MAX_QUEUE_SIZE
             self.works[work.request_id] = work
@@ -81,7 +120,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_tick(self, tick: Tick, number: int) -> None:
         assert tick.replica == number
-        assert 0 < len(tick.rows) <= self.max_batch_size
+        assert tick.rows
+        assert tick.tokens == sum(self.works[request_id].tokens for request_id, _ in tick.rows)
+        assert tick.tokens <= self.max_batch_tokens or len(tick.rows) == 1, "more tokens than a batch may have"
         assert len(set(tick.rows)) == len(tick.rows)
         assert len({self.works[request_id].batch_key for request_id, _ in tick.rows}) == 1
         for request_id, index in tick.rows:
@@ -111,6 +152,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for replica in self.replicas:
             replica.drop(request_id)
 
+    @rule()
+    def drop_late(self) -> None:
+        for number, replica in enumerate(self.replicas):
+            for request_id in self.scheduler.late_requests(number):
+                assert self.works[request_id].deadline_action != "continue"
+                self.end(request_id)
+                replica.drop(request_id)
+
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
         number = data.draw(st.integers(0, len(self.replicas) - 1))
@@ -127,6 +176,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         for replica in self.replicas:
             for (request_id, _), steps in replica.steps.items():
                 assert steps <= self.works[request_id].num_steps
+
+    @invariant()
+    def work_and_deadlines_are_counted_right(self) -> None:
+        here = self.scheduler.entries()
+        assert self.scheduler.num_deadlines == sum(entry.work.deadline_s is not None for entry in here)
+        for number, queue in enumerate(self.scheduler._replicas):
+            assert queue.work_left == sum(entry.work_left for entry in here if entry.replica == number)
+            assert all(0 <= entry.unplanned <= entry.steps_left for entry in queue.entries.values())
+            assert all(lane.entries for lane in queue.lanes.values())
 
     @invariant()
     def the_scheduler_holds_what_has_not_ended(self) -> None:
@@ -153,3 +211,47 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("policy", ["fair", "drr"])
+@settings(max_examples=60, deadline=None)
+@given(
+    mix=st.lists(
+        st.tuples(st.integers(0, 9), st.sampled_from("xyz"), st.integers(1, 6), st.integers(1, 6)),
+        min_size=1,
+        max_size=12,
+    ),
+    victim=st.tuples(st.integers(0, 9), st.sampled_from("xyz"), st.integers(1, 6), st.integers(1, 6)),
+)
+def test_no_request_starves_under_any_mix_that_keeps_coming(
+    policy: PolicyName, mix: list[tuple[int, str, int, int]], victim: tuple[int, str, int, int]
+) -> None:
+    """Whatever arrives anew at every tick, more than can ever be run, a request that was taken comes to its end."""
+    now_s = 0.0
+    scheduler = Scheduler(
+        num_replicas=1,
+        max_queue_size=100_000,
+        max_batch_tokens=4,
+        clock=lambda: now_s,
+        policy=policy,
+        ageing_s=2.0,
+        cost_model=CostModel([(1, 0.1), (4, 0.2)]),
+    )
+
+    def submit(name: str, shape: tuple[int, str, int, int]) -> None:
+        priority, key, steps, tokens = shape
+        scheduler.submit(
+            Work(request_id=name, batch_key=key, num_rows=1, num_steps=steps, tokens=tokens, priority=priority)
+        )
+
+    submit("victim", victim)
+    for number in range(1500):
+        submit(f"{number}", mix[number % len(mix)])
+        tick = scheduler.next_tick(0)
+        assert tick is not None
+        now_s += 0.2
+        for request_id in scheduler.finish_tick(tick.tick_id, 0.2):
+            scheduler.remove(request_id)
+        if "victim" not in scheduler:
+            return
+    raise AssertionError(f"not through after {now_s:.0f} s")

@@ -49,7 +49,7 @@ def build(*arguments: str) -> int:
 
 
 def test_flags_become_parameters_of_a_temporary_repository(starts, capsys) -> None:
-    assert serve("--dtype", "float32", "--max-batch-size", "3", "--set", "decoding.num_threads=2") == 2
+    assert serve("--dtype", "float32", "--max-batch-tokens", "3", "--set", "decoding.num_threads=2") == 2
     (start,) = starts
     assert '"float32"' in start["configs"]["denoising"]
     assert 'key: "num_threads"\n  value {\n    string_value: "2"' in start["configs"]["decoding"]
@@ -66,8 +66,15 @@ def test_every_model_flag_is_a_parameter(starts) -> None:
         "--gpu-device-ids": "0,1;2,3",
         "--dtype": "bfloat16",
         "--num-threads": "1",
-        "--max-batch-size": "5",
+        "--max-batch-tokens": "5",
         "--max-queue-size": "6",
+        "--max-queue-cost": "12",
+        "--max-concurrent-requests": "13",
+        "--scheduling-policy": "fifo",
+        "--priority-ageing-s": "14.0",
+        "--slowdown": "16.0",
+        "--warmup-resolutions": "64x32",
+        "--prompt-cache-bytes": "15",
         "--denoising-loop": "reference",
         "--max-pixels": "1024",
         "--max-num-inference-steps": "7",
@@ -103,6 +110,27 @@ def test_calls_to_the_stages_have_threads_for_a_stage_and_a_question_of_every_re
     assert starts[0]["thread_pool_size"] == 416
 
 
+@pytest.mark.parametrize(("size", "size_bytes"), [("1000000", 10**6), ("64MB", 64 * 2**20), ("2 GiB", 2**31)])
+def test_a_response_cache_is_for_the_chain_that_answers_once(starts, size, size_bytes) -> None:
+    serve("--response-cache", size)
+    assert starts[0]["response_cache_bytes"] == size_bytes
+    cached = {model for model, text in starts[0]["configs"].items() if "response_cache" in text and "true" in text}
+    assert cached == {"diffusion"}
+
+
+@pytest.mark.parametrize("size", ["0", "much", "-5MB", "1TB"])
+def test_a_response_cache_of_no_size_is_refused(starts, size) -> None:
+    with pytest.raises(SystemExit):
+        serve(f"--response-cache={size}")
+    assert not starts
+
+
+def test_there_is_no_response_cache_unless_asked_for(starts) -> None:
+    serve()
+    assert starts[0]["response_cache_bytes"] == 0
+    assert not any("enable: true" in text for text in starts[0]["configs"].values())
+
+
 def test_a_relative_checkpoint_folder_becomes_absolute(starts, tmp_path, monkeypatch) -> None:
     shutil.copytree(DEMO_CHECKPOINT, tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)
@@ -129,7 +157,7 @@ def test_a_checkpoint_of_an_unknown_family_is_refused_before_a_server_starts(sta
         (["--model-path", "/no/such/folder"], "there is no folder /no/such/folder"),
         (["--set", "dtype"], "--set 'dtype' must be NAME=VALUE"),
         (["--set", "dtpye=float32"], "did you mean dtype?"),
-        (["--num-gpus", "0"], "num_gpus=0 must be greater than 0"),
+        (["--num-gpus=-1"], "num_gpus=-1 must not be negative"),
         (
             ["--model-repository", "somewhere", "--dtype", "float32"],
             "dtype cannot be set with --model-repository=somewhere",

@@ -9,13 +9,16 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from triton_diffusion.config import ChainConfig, StageConfig
+from triton_diffusion.config import CancellationConfig, ChainConfig, StageConfig
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.repository import build_repository, find_model_repository
 from triton_diffusion.request import INPUT_NAMES
 
 STAGES = {"text_encoding", "denoising", "decoding"}
 CHAINS = {"diffusion", "diffusion_stream"}
+CONFIG_CLASSES: dict[str, Any] = (
+    dict.fromkeys(STAGES, StageConfig) | dict.fromkeys(CHAINS, ChainConfig) | {"cancellation": CancellationConfig}
+)
 
 
 def read(folder: Path) -> Any:
@@ -26,9 +29,9 @@ def parameters(folder: Path) -> dict[str, str]:
     return {name: value.string_value for name, value in read(folder).parameters.items()}
 
 
-@pytest.mark.parametrize("model", sorted(STAGES | CHAINS))
+@pytest.mark.parametrize("model", sorted(CONFIG_CLASSES))
 def test_the_packaged_parameters_are_the_defaults_of_the_code(model) -> None:
-    config_class = StageConfig if model in STAGES else ChainConfig
+    config_class = CONFIG_CLASSES[model]
     assert config_class.from_parameters(parameters(find_model_repository() / model)) == config_class()
 
 
@@ -50,7 +53,7 @@ def test_only_the_stream_is_decoupled() -> None:
 
 def test_without_settings_the_copy_says_what_the_original_says(tmp_path) -> None:
     build_repository(tmp_path, {})
-    for model in STAGES | CHAINS:
+    for model in CONFIG_CLASSES:
         assert read(tmp_path / model) == read(find_model_repository() / model)
         assert (tmp_path / model / "1" / "model.py").read_text() == (
             find_model_repository() / model / "1" / "model.py"
@@ -58,11 +61,11 @@ def test_without_settings_the_copy_says_what_the_original_says(tmp_path) -> None
 
 
 def test_a_setting_reaches_every_model_that_has_it(tmp_path) -> None:
-    build_repository(tmp_path, {"model_path": "/checkpoints/flux", "max_batch_size": "3", "max_pixels": "65536"})
+    build_repository(tmp_path, {"model_path": "/checkpoints/flux", "max_batch_tokens": "3", "max_pixels": "65536"})
     assert {parameters(tmp_path / model)["model_path"] for model in STAGES | CHAINS} == {"/checkpoints/flux"}
-    assert {parameters(tmp_path / model)["max_batch_size"] for model in STAGES} == {"3"}
+    assert {parameters(tmp_path / model)["max_batch_tokens"] for model in STAGES} == {"3"}
     assert {parameters(tmp_path / model)["max_pixels"] for model in CHAINS} == {"65536"}
-    assert "max_batch_size" not in parameters(tmp_path / "diffusion")
+    assert "max_batch_tokens" not in parameters(tmp_path / "diffusion")
     assert "max_pixels" not in parameters(tmp_path / "denoising")
 
 
@@ -81,7 +84,7 @@ def test_a_value_is_text_and_never_syntax(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_bach_size": "2"}, r"'max_bach_size' is not known \(did you mean max_batch_size\?\)"),
+        ({"max_bach_tokens": "2"}, r"'max_bach_tokens' is not known \(did you mean max_batch_tokens\?\)"),
         ({"denoisin.dtype": "float32"}, r"no model 'denoisin' \(did you mean denoising\?\)"),
         ({"decoding.denoising_loop": "reference"}, r"'decoding\.denoising_loop' is not known"),
         ({"dtype": "float31"}, r"dtype='float31' must be one of auto, bfloat16, float16, float32"),

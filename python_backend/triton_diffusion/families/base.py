@@ -1,16 +1,18 @@
 """What every model family provides: one torch-free description and three modules of plain functions.
 
 families/<name>/__init__.py   FAMILY: the description, readable without torch
-families/<name>/encode.py     encode_prompts(...)
+families/<name>/encode.py     encode_prompts(...), cache_key(...)
 families/<name>/denoise.py    prepare_schedule(...), prepare_latents(...), shared_inputs(...), predict(...)
 families/<name>/decode.py     decode(...)
+
+denoise.py and decode.py also have example_inputs(...), for warm-up.
 """
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -37,8 +39,12 @@ class ModelFamily(ABC):
         """What a request gets that leaves a value open, read from the checkpoint's configuration files."""
 
     @abstractmethod
+    def num_image_tokens(self, request: GenerationRequest, checkpoint: Checkpoint) -> int:
+        """Tokens that one picture is to the transformer."""
+
     def num_tokens(self, request: GenerationRequest, checkpoint: Checkpoint) -> int:
         """Length of the transformer's sequence for one row: the unit of its cost."""
+        return request.max_sequence_length + self.num_image_tokens(request, checkpoint)
 
     def batch_key(self, stage: str, request: GenerationRequest) -> str:
         """Rows of equal key may share a forward pass of `stage`."""
@@ -87,6 +93,9 @@ class EncodeModule(Protocol):
     ) -> list[EncodedPrompt]:
         """Encode a batch of prompts; the ranks that run the stage call it together."""
 
+    def cache_key(self, components: Components, prompt: str, max_sequence_length: int) -> Hashable:
+        """Equal for prompts with the same outcome of `encode_prompts`: the tokens that each encoder is given."""
+
 
 class DenoiseModule(Protocol):
     """families/<name>/denoise.py."""
@@ -99,6 +108,9 @@ class DenoiseModule(Protocol):
 
     def shared_inputs(self, components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
         """Arguments of the transformer that are equal for all rows of a batch_key, such as position ids."""
+
+    def example_inputs(self, components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
+        """What the text encoding leaves for a request without guidance, all zeros."""
 
     def predict(
         self,
@@ -118,6 +130,9 @@ class DenoiseModule(Protocol):
 
 class DecodeModule(Protocol):
     """families/<name>/decode.py."""
+
+    def example_inputs(self, components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
+        """What the denoising leaves for a request, all zeros."""
 
     def decode(self, components: Components, latents: torch.Tensor, request: GenerationRequest) -> torch.Tensor:
         """Pictures of a batch of latents (B, S, C): uint8 (B, H, W, 3) on the CPU."""

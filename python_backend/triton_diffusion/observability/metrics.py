@@ -14,10 +14,13 @@ class StageMetrics:
     """Gauges and running totals of one stage model; each is published as diffusion_<name>{model="..."}."""
 
     queue_depth: int = field(default=0, metadata={"gauge": "Requests that have not been put in a batch yet"})
+    queue_cost: int = field(default=0, metadata={"gauge": "Tokens x steps left of all requests that wait or run"})
+    max_batch_tokens: int = field(default=0, metadata={"gauge": "Tokens that a batch may have"})
     running_requests: int = field(default=0, metadata={"gauge": "Requests that have been put in a batch"})
     ready_replicas: int = field(default=0, metadata={"gauge": "Worker groups that take work"})
     ticks_total: int = field(default=0, metadata={"counter": "Batches run; in denoising one is one step"})
     batch_rows_total: int = field(default=0, metadata={"counter": "Rows in these batches"})
+    batch_tokens_total: int = field(default=0, metadata={"counter": "Tokens in these batches"})
     tick_seconds_total: float = field(
         default=0.0, metadata={"counter": "Seconds that the ranks spent in these batches"}
     )
@@ -26,4 +29,10 @@ class StageMetrics:
     requests_done_total: int = field(default=0, metadata={"counter": "Requests answered with a result"})
     requests_failed_total: int = field(default=0, metadata={"counter": "Requests answered with an error"})
     requests_cancelled_total: int = field(default=0, metadata={"counter": "Requests cancelled by their caller"})
+    requests_refused_total: int = field(default=0, metadata={"counter": "Requests refused because the queue was full"})
+    deadlines_exceeded_total: int = field(
+        default=0, metadata={"counter": "Requests refused or dropped because their deadline could not be met"}
+    )
+    prompt_cache_lookups_total: int = field(default=0, metadata={"counter": "Prompts looked up in the prompt cache"})
+    prompt_cache_hits_total: int = field(default=0, metadata={"counter": "Prompts found in the prompt cache"})
     restarts_total: int = field(default=0, metadata={"counter": "Worker groups that died and were replaced"})

@@ -41,6 +41,9 @@ class GroupReady(Message, frozen=True, kw_only=True):
     device: str
     dtype: str
     load_s: float
+    max_batch_tokens: int
+    measurements: list[tuple[int, float]]
+    """(tokens in the batch, seconds of the tick); empty where nothing was measured."""
 
 
 class GroupFailed(Message, frozen=True, kw_only=True):
@@ -60,6 +63,8 @@ class TickDone(Message, frozen=True, kw_only=True):
     """By request id: RequestState blob of requests whose last row is through."""
     previews: dict[str, bytes]
     """By request id: RequestState blob for the decoding stage that shows the request as it stands."""
+    counts: dict[str, int]
+    """What the stage has counted since the last tick, by the name of a field of StageMetrics."""
 
 
 ToRanks = AdmitRequest | RunTick | DropRequest | Shutdown
@@ -95,7 +100,11 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     group_size: int
     replica: int
-    max_batch_size: int
+    max_batch_tokens: int
+    """0: measure it."""
+    warmup_sizes: list[tuple[int, int]] | None
+    """(height, width); None for the checkpoint's default size."""
+    prompt_cache_bytes: int
     run_dir: str
     endpoint: str
     """ZMQ endpoint of the service; rank 0 connects to it."""

@@ -6,6 +6,7 @@ whatever it died of. A rank then ends at once, and rank 0 removes the folder wit
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import os
@@ -14,7 +15,10 @@ import signal
 import sys
 import threading
 import time
-from typing import BinaryIO
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO, TypeVar
 
 import msgspec
 import torch
@@ -23,10 +27,21 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import DiffusionError
+from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.loading.components import load_components
+from triton_diffusion.loading.components import Components, load_components
 from triton_diffusion.runtime import messages
+from triton_diffusion.runtime.calibration import (
+    Calibration,
+    WarmUp,
+    alone_on_this_machine,
+    cache_path,
+    device_name,
+    read_calibration,
+    write_calibration,
+)
+from triton_diffusion.runtime.inbox import Inbox
 from triton_diffusion.runtime.messages import (
     AdmitRequest,
     DropRequest,
@@ -40,6 +55,8 @@ from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.stages.plan import make_plan
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 def main() -> int:
@@ -75,12 +92,19 @@ class _ServiceChannel:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(launch.endpoint)
+        self._inbox = Inbox()
 
     def send(self, message: messages.Message) -> None:
         self._socket.send(messages.encode(message))
 
     def receive(self) -> bytes:
-        return self._socket.recv()
+        """The next message for the ranks, with all that has come by now taken into account."""
+        if not self._inbox:
+            self._inbox.put(messages.decode_to_ranks(self._socket.recv()))
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._inbox.put(messages.decode_to_ranks(self._socket.recv(zmq.NOBLOCK)))
+        return messages.encode(self._inbox.take())
 
 
 def _rendezvous(launch: RankLaunch) -> Store | None:
@@ -119,33 +143,100 @@ def _end_with_service(lifeline: BinaryIO, launch: RankLaunch) -> None:
     os._exit(0)
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """What a rank has loaded."""
+
+    executor: RankExecutor
+    family: ModelFamily
+    components: Components
+
+
 def _load(launch: RankLaunch, group: RankGroup, channel: _ServiceChannel | None) -> RankExecutor | None:
-    """Load the stage on this rank; None if that failed on any rank."""
+    """Make the stage on this rank ready; None if that failed on any rank."""
     started = time.monotonic()
-    dtype = choose_dtype(launch.dtype, group.device)
-    failures: dict[str, BaseException] = {}
-    executor = None
     try:
-        checkpoint = open_checkpoint(launch.model_path)
-        family = find_family(checkpoint)
-        names = family.stage_components[launch.stage_model]
-        components = load_components(checkpoint, names, dtype=dtype, device=group.device)
-        executor = RankExecutor(
-            launch.stage_model, make_plan(launch.stage_model, family, components, launch.max_batch_size), group
+        stage = _on_all_ranks(group, partial(_load_stage, launch, group))
+        calibration = _on_all_ranks(group, partial(_prepare, launch, stage, group))
+    except DiffusionError as error:
+        if channel is not None:
+            channel.send(GroupFailed(message=str(error)))
+        return None
+    if channel is not None:
+        channel.send(
+            GroupReady(
+                device=str(group.device),
+                dtype=str(stage.components.dtype).removeprefix("torch."),
+                load_s=time.monotonic() - started,
+                max_batch_tokens=calibration.max_batch_tokens,
+                measurements=calibration.measurements,
+            )
         )
+    return stage.executor
+
+
+def _on_all_ranks(group: RankGroup, run: Callable[[], _Result]) -> _Result:
+    """What `run` returns here, if it returned on every rank; else the error of one of them."""
+    failures: dict[str, BaseException] = {}
+    result: _Result | None = None
+    try:
+        result = run()
     except Exception as error:
         if not isinstance(error, DiffusionError):
             logger.exception("loading failed")
         failures["load"] = error
-    failed = group.agree(failures)
-    if failed:
-        if channel is not None:
-            channel.send(GroupFailed(message=str(failed["load"])))
-        return None
-    if channel is not None:
-        load_s = time.monotonic() - started
-        channel.send(GroupReady(device=str(group.device), dtype=str(dtype).removeprefix("torch."), load_s=load_s))
-    return executor
+    if failed := group.agree(failures):
+        raise failed["load"]
+    assert result is not None
+    return result
+
+
+def _load_stage(launch: RankLaunch, group: RankGroup) -> _Stage:
+    checkpoint = open_checkpoint(launch.model_path)
+    family = find_family(checkpoint)
+    components = load_components(
+        checkpoint,
+        family.stage_components[launch.stage_model],
+        dtype=choose_dtype(launch.dtype, group.device),
+        device=group.device,
+    )
+    plan = make_plan(launch.stage_model, family, components, prompt_cache_bytes=launch.prompt_cache_bytes)
+    return _Stage(RankExecutor(launch.stage_model, plan, group), family, components)
+
+
+def _prepare(launch: RankLaunch, stage: _Stage, group: RankGroup) -> Calibration:
+    """Settle max_batch_tokens and run what shall be warm; every rank calls this, and all return the same.
+
+    An exception is the same on every rank too: what a tick fails with, the ranks have agreed on.
+    """
+    device = device_name(group.device)
+    path = cache_path(launch.stage_model, stage.components, num_threads=launch.num_threads, group_size=group.size)
+    # Rank 0's file decides: the others may have none.
+    known = read_calibration(path) if group.is_main else None
+    known = msgspec.json.decode(
+        group.broadcast_bytes(msgspec.json.encode(known) if group.is_main else None), type=Calibration | None
+    )
+    warm_up = WarmUp(launch.stage_model, stage.executor, stage.family, stage.components, group)
+    if launch.max_batch_tokens:
+        measurements = known.measurements if known else []
+        known = Calibration(device=device, max_batch_tokens=launch.max_batch_tokens, measurements=measurements)
+    elif known is None:
+        with alone_on_this_machine(path) if group.is_main else contextlib.nullcontext():
+            started = time.monotonic()
+            known = warm_up.calibrate(device)
+        if group.is_main:
+            write_calibration(path, known)
+            logger.info(
+                "max_batch_tokens=%d, measured in %.1f s: %s; kept in %s",
+                known.max_batch_tokens,
+                time.monotonic() - started,
+                ", ".join(f"{tokens} tokens {1000 * seconds:.1f} ms" for tokens, seconds in known.measurements),
+                path,
+            )
+    stage.executor.limit_batch(known.max_batch_tokens)
+    took = warm_up.warm_up(launch.warmup_sizes, known.max_batch_tokens)
+    stage.executor.forget()
+    return known if known.measurements else msgspec.structs.replace(known, measurements=took)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -56,6 +56,15 @@ class RankExecutor:
         """Forget a request."""
         self._held.pop(request_id, None)
 
+    def limit_batch(self, max_batch_tokens: int) -> None:
+        """Tell the stage what a forward pass may hold at most."""
+        self._plan.on_tick.limit_batch(max_batch_tokens)
+
+    def forget(self) -> None:
+        """Drop what the warm-up has left."""
+        self._held.clear()
+        self._plan.on_tick.forget()
+
     @torch.inference_mode()
     def run(self, tick: RunTick) -> TickDone:
         """Run a tick; every rank must call this with equal ticks. The answer counts on rank 0 alone."""
@@ -76,6 +85,7 @@ class RankExecutor:
             failed={request_id: to_wire(error) for request_id, error in failed.items()},
             results=results,
             previews=previews,
+            counts=self._plan.on_tick.take_counts(),
         )
 
     def _prepare(self, rows: Rows) -> dict[str, DiffusionError]:

@@ -11,8 +11,10 @@ import dataclasses
 import logging
 import os
 import queue
+import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,8 +22,10 @@ import zmq
 
 from triton_diffusion.config import StageConfig
 from triton_diffusion.errors import (
+    DeadlineExceededError,
     DiffusionError,
     InvalidRequestError,
+    QueueFullError,
     RequestCancelledError,
     ShuttingDownError,
     StageError,
@@ -32,6 +36,7 @@ from triton_diffusion.errors import (
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.observability.metrics import StageMetrics
+from triton_diffusion.request import example_request
 from triton_diffusion.runtime.messages import (
     AdmitRequest,
     DropRequest,
@@ -40,7 +45,7 @@ from triton_diffusion.runtime.messages import (
     RunTick,
     TickDone,
 )
-from triton_diffusion.runtime.work import rows_and_steps
+from triton_diffusion.runtime.work import rows_and_steps, tokens_per_row
 from triton_diffusion.runtime.worker_group import WorkerGroup
 from triton_diffusion.scheduler import Entry, Scheduler, Work
 from triton_diffusion.state import (
@@ -52,6 +57,7 @@ from triton_diffusion.state import (
     read_stage_input,
     read_state,
     replace_metadata,
+    write_num_cancelled,
     write_progress,
 )
 
@@ -60,8 +66,12 @@ logger = logging.getLogger(__name__)
 Answer = bytes | DiffusionError
 OnAnswer = Callable[[Answer], None]
 
-# One tick runs, the next waits at the rank: the device never waits for this process.
+# While one tick runs, the next waits at the rank, so that the device never waits for this process. But what is sent
+# cannot be chosen anew: where a tick takes longer than this, the next one is chosen when it is through.
+_SEND_AHEAD_BELOW_S = 0.05
 _TICKS_IN_FLIGHT = 2
+# How soon a deadline is noticed that cannot be met any more, while no tick comes back.
+_DEADLINE_POLL_MS = 100
 # A request that was in flight at this many deaths of its group is taken for their cause.
 _MAX_ATTEMPTS = 2
 _ENDED = Progress(step=0, total=0, elapsed_s=0.0, remaining_s=None, ended=True)
@@ -117,11 +127,17 @@ class StageService:
         self._scheduler = Scheduler(
             num_replicas=config.num_replicas,
             max_queue_size=config.max_queue_size,
-            max_batch_size=config.max_batch_size,
+            max_queue_cost=config.max_queue_cost or 4 * config.max_queue_size * self._default_cost(),
+            # Until the ranks have told what they measured, nothing runs.
+            max_batch_tokens=config.max_batch_tokens or sys.maxsize,
             step_batching=config.denoising_loop == "step_batching",
+            policy=config.scheduling_policy,
+            slowdown=config.slowdown,
+            ageing_s=config.priority_ageing_s,
             clock=time.monotonic,
         )
         self._requests: dict[str, _Request] = {}
+        self._by_cancel_key: defaultdict[str, set[str]] = defaultdict(set)
         self._metrics = StageMetrics()
         self._inbox_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -157,10 +173,13 @@ class StageService:
 
     def metrics(self) -> StageMetrics:
         """The numbers as they stand; from any thread."""
-        running = sum(entry.started_s is not None for entry in self._scheduler.entries())
+        entries = self._scheduler.entries()
+        running = sum(entry.started_s is not None for entry in entries)
         return dataclasses.replace(
             self._metrics,
-            queue_depth=len(self._scheduler) - running,
+            queue_depth=len(entries) - running,
+            queue_cost=sum(entry.work_left for entry in entries),
+            max_batch_tokens=self._scheduler.max_batch_tokens if self._has_started else 0,
             running_requests=running,
             ready_replicas=sum(replica.ready for replica in self._replicas),
         )
@@ -225,12 +244,15 @@ class StageService:
                 return
             if replica.group is None and time.monotonic() >= replica.restart_at_s:
                 self._start_group(replica)
+            self._drop_late(replica)
             self._send_ticks(replica)
         self._wait()
 
     def _wait(self) -> None:
-        # Deadlines and back-off count only while a group is not up.
+        # The times of start and back-off count only while a group is not up.
         timeout_ms = None if all(replica.ready for replica in self._replicas) else 200
+        if self._scheduler.num_deadlines:
+            timeout_ms = _DEADLINE_POLL_MS
         self._readable = {source for source, _ in self._poller.poll(timeout_ms)}
 
     def _drain_inbox(self) -> None:
@@ -273,14 +295,16 @@ class StageService:
     def _group_ready(self, replica: _Replica, message: GroupReady) -> None:
         replica.ready = True
         replica.failed_starts = 0
+        self._scheduler.learn_limits(message.max_batch_tokens, message.measurements)
         self._scheduler.set_available(replica.index, True)
         logger.info(
-            "%s: replica %d is ready on %s in %s after %.1f s",
+            "%s: replica %d is ready on %s in %s after %.1f s, max_batch_tokens=%d",
             self._stage_model,
             replica.index,
             message.device,
             message.dtype,
             message.load_s,
+            message.max_batch_tokens,
         )
         if all(each.ready for each in self._replicas):
             self._has_started = True
@@ -316,7 +340,7 @@ class StageService:
         replica.restart_at_s = time.monotonic() + back_off_s
 
     def _send_ticks(self, replica: _Replica) -> None:
-        while replica.ready and replica.group is not None and replica.in_flight < _TICKS_IN_FLIGHT:
+        while replica.ready and replica.group is not None and self._has_room(replica):
             tick = self._scheduler.next_tick(replica.index)
             if tick is None:
                 return
@@ -325,12 +349,39 @@ class StageService:
             replica.group.send(RunTick(tick_id=tick.tick_id, rows=list(tick.rows), num_steps=tick.num_steps))
             replica.in_flight += 1
             self._metrics.batch_rows_total += len(tick.rows)
+            self._metrics.batch_tokens_total += tick.tokens
+
+    def _has_room(self, replica: _Replica) -> bool:
+        if replica.in_flight == 0:
+            return True
+        is_short = self._scheduler.estimate_out_s(replica.index) < _SEND_AHEAD_BELOW_S
+        return replica.in_flight < _TICKS_IN_FLIGHT and is_short
+
+    def _drop_late(self, replica: _Replica) -> None:
+        """End what cannot meet its deadline any more; the ranks drop it before their next step."""
+        if not self._scheduler.num_deadlines:
+            return
+        for request_id in self._scheduler.late_requests(replica.index):
+            entry = self._scheduler.entry(request_id)
+            self._drop(
+                request_id,
+                DeadlineExceededError(
+                    f"given up in {self._stage_model} after {entry.step} of {entry.work.num_steps} steps, since the "
+                    "deadline cannot be met any more; allow more with deadline_s, ask for fewer steps, or send "
+                    "deadline_action=continue to have it late"
+                ),
+            )
 
     def _tick_done(self, group: WorkerGroup, done: TickDone) -> None:
         self._metrics.ticks_total += 1
         self._metrics.tick_seconds_total += done.duration_s
+        for name, count in done.counts.items():
+            setattr(self._metrics, name, getattr(self._metrics, name) + count)
         # A request that was cancelled and sent again under its old id has nothing to do with the ticks from before.
-        concerned = self._scheduler.requests_in(done.tick_id)
+        tick = self._scheduler.tick(done.tick_id)
+        concerned = {request_id for request_id, _ in tick.rows} if tick else set()
+        if tick is not None and not done.failed:
+            self._scheduler.observe(tick, done.duration_s)
         for request_id, wire in done.failed.items():
             if request_id in concerned:
                 group.send(DropRequest(request_id=request_id))
@@ -355,8 +406,8 @@ class StageService:
                     self._admit(blob, state, on_answer)
                 case ProgressQuery() as query:
                     self._watch_progress(query, on_answer)
-                case CancelOrder(request_id=request_id):
-                    self._cancel(request_id, on_answer)
+                case CancelOrder() as order:
+                    self._cancel(order, on_answer)
         except DiffusionError as error:
             on_answer(error)
         except Exception as error:
@@ -367,25 +418,51 @@ class StageService:
     def _admit(self, blob: bytes, state: RequestState, on_answer: OnAnswer) -> None:
         if state.request_id in self._requests:
             raise InvalidRequestError(f"request id {state.request_id!r} is in use by a request that runs")
-        num_rows, num_steps = rows_and_steps(self._stage_model, state.request)
-        work = Work(
+        try:
+            self._scheduler.submit(self._work(state))
+        except QueueFullError:
+            self._metrics.requests_refused_total += 1
+            raise
+        except DeadlineExceededError:
+            self._metrics.deadlines_exceeded_total += 1
+            raise
+        self._requests[state.request_id] = _Request(blob, state, on_answer)
+        if state.cancel_key:
+            self._by_cancel_key[state.cancel_key].add(state.request_id)
+
+    def _work(self, state: RequestState) -> Work:
+        request = state.request
+        num_rows, num_steps = rows_and_steps(self._stage_model, request)
+        return Work(
             request_id=state.request_id,
-            batch_key=self._family.batch_key(self._stage_model, state.request),
+            batch_key=self._family.batch_key(self._stage_model, request),
             num_rows=num_rows,
             num_steps=num_steps,
-            tokens=self._family.num_tokens(state.request, self._checkpoint),
+            tokens=tokens_per_row(self._stage_model, self._family, self._checkpoint, request),
+            priority=request.priority,
+            deadline_s=state.deadlines_s.get(self._stage_model),
+            deadline_action=request.deadline_action,
         )
-        self._scheduler.submit(work)
-        self._requests[state.request_id] = _Request(blob, state, on_answer)
 
-    def _cancel(self, request_id: str, on_answer: OnAnswer) -> None:
-        if request_id in self._requests:
-            entry = self._scheduler.entry(request_id)
-            group = self._replicas[entry.replica].group
-            if group is not None and entry.started_s is not None:
-                group.send(DropRequest(request_id=request_id))
-            self._end(request_id, RequestCancelledError(f"cancelled in {self._stage_model} after {entry.step} steps"))
-        on_answer(write_progress(_ENDED, None))
+    def _default_cost(self) -> int:
+        """Tokens x steps of a request that leaves all to the checkpoint."""
+        request = example_request(self._family.defaults(self._checkpoint))
+        return self._work(RequestState("", request)).cost
+
+    def _cancel(self, order: CancelOrder, on_answer: OnAnswer) -> None:
+        named = {*order.request_ids, *self._by_cancel_key.get(order.cancel_key, ())} & self._requests.keys()
+        for request_id in named:
+            step = self._scheduler.entry(request_id).step
+            self._drop(request_id, RequestCancelledError(f"cancelled in {self._stage_model} after {step} steps"))
+        on_answer(write_num_cancelled(len(named)))
+
+    def _drop(self, request_id: str, error: DiffusionError) -> None:
+        """End a request before it is through; its rows are in no later step."""
+        entry = self._scheduler.entry(request_id)
+        group = self._replicas[entry.replica].group
+        if group is not None and entry.started_s is not None:
+            group.send(DropRequest(request_id=request_id))
+        self._end(request_id, error)
 
     def _watch_progress(self, query: ProgressQuery, on_answer: OnAnswer) -> None:
         request = self._requests.get(query.request_id)
@@ -427,6 +504,10 @@ class StageService:
         """The one place where a request leaves: its caller and all who watch it are told."""
         entry = self._scheduler.remove(request_id)
         request = self._requests.pop(request_id)
+        if key := request.state.cancel_key:
+            self._by_cancel_key[key].discard(request_id)
+            if not self._by_cancel_key[key]:
+                del self._by_cancel_key[key]
         logger.info(
             "%s: request %s %s after %d of %d steps, %.3f s",
             self._stage_model,
@@ -450,5 +531,7 @@ class StageService:
             self._metrics.requests_done_total += 1
         elif isinstance(answer, RequestCancelledError):
             self._metrics.requests_cancelled_total += 1
+        elif isinstance(answer, DeadlineExceededError):
+            self._metrics.deadlines_exceeded_total += 1
         else:
             self._metrics.requests_failed_total += 1

@@ -1,117 +1,92 @@
 """Orders the requests of one stage model.
 
 A request has one or more rows (pictures), a row has one or more steps. A tick is one batch on one replica: rows of
-equal batch_key, each at its own step. The batch is formed anew for every tick, so a request joins at the next one and a
-row that has done its last step makes room at once. Rows are taken first come, first served.
+equal batch_key, each at its own step, as many as max_batch_tokens allows. The batch is chosen anew for every tick (see
+policy.py), so a request joins at the next one and a row that has done its last step makes room at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from triton_diffusion.errors import QueueFullError
-
-RowId = tuple[str, int]
-"""(request id, index of the row in its request)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What the scheduler knows of a request."""
-
-    request_id: str
-    batch_key: str
-    num_rows: int
-    num_steps: int
-    tokens: int
-    """Sequence length of one row: the cost of one of its steps, up to a factor."""
-
-
-@dataclass(frozen=True)
-class Tick:
-    """One batch for one replica."""
-
-    tick_id: int
-    replica: int
-    rows: tuple[RowId, ...]
-    num_steps: int
-    """Steps that every row does in this tick: 1, or all of them in the reference loop."""
-    admissions: tuple[str, ...]
-    """Requests that the replica has not been sent yet."""
+from triton_diffusion.config import PolicyName
+from triton_diffusion.errors import DeadlineExceededError, QueueFullError
+from triton_diffusion.scheduler.cost import CostModel, Measurement
+from triton_diffusion.scheduler.policy import Choice, Lane, make_policy
+from triton_diffusion.scheduler.work import Entry, Tick, Work
 
 
 @dataclass
-class Entry:
-    """A request on its way through the scheduler; times are readings of its clock."""
+class _Replica:
+    """The requests that are placed on one replica."""
 
-    work: Work
-    replica: int
-    submitted_s: float
-    started_s: float | None = None
-    planned: list[int] = field(default_factory=list)
-    """For each row, steps that have been put in a tick."""
-    done: list[int] = field(default_factory=list)
-    """For each row, steps that have come back."""
-    steps_s: list[float] = field(default_factory=list)
-    """Duration of each step of row 0."""
-    alone: bool = False
-    """Shares no batch: it was running when a replica died, and may be the cause."""
+    entries: dict[str, Entry] = field(default_factory=dict)
+    lanes: dict[str, Lane] = field(default_factory=dict)
+    ticks: dict[int, Tick] = field(default_factory=dict)
+    """Those that are out."""
+    work_left: int = 0
 
-    def __post_init__(self) -> None:
-        self.restart()
+    def add(self, entry: Entry) -> None:
+        key = entry.work.batch_key
+        if key not in self.lanes:
+            self.lanes[key] = Lane(key)
+        self.entries[entry.work.request_id] = self.lanes[key].entries[entry.work.request_id] = entry
+        self.work_left += entry.work_left
 
-    def restart(self) -> None:
-        """Forget all progress: the replica that held it is gone."""
-        self.planned = [0] * self.work.num_rows
-        self.done = [0] * self.work.num_rows
-        self.started_s = None
-        self.steps_s = []
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every row has done every step."""
-        return all(done == self.work.num_steps for done in self.done)
-
-    @property
-    def work_left(self) -> int:
-        """Tokens times steps still to be done."""
-        return self.work.tokens * (self.work.num_rows * self.work.num_steps - sum(self.done))
-
-    @property
-    def step(self) -> int:
-        """Steps done, as the average over the rows."""
-        return sum(self.done) // self.work.num_rows
+    def discard(self, entry: Entry) -> None:
+        request_id, key = entry.work.request_id, entry.work.batch_key
+        del self.entries[request_id]
+        del self.lanes[key].entries[request_id]
+        if not self.lanes[key].entries:
+            del self.lanes[key]
+        self.work_left -= entry.work_left
 
 
 class Scheduler:
-    """Decides which rows run together next on each replica."""
+    """Decides which requests are taken, where each runs, and which rows run together next on each replica."""
 
     def __init__(
         self,
         *,
         num_replicas: int,
         max_queue_size: int,
-        max_batch_size: int,
-        step_batching: bool,
+        max_batch_tokens: int,
         clock: Callable[[], float],
+        max_queue_cost: int | None = None,
+        step_batching: bool = True,
+        policy: PolicyName = "fair",
+        slowdown: float = 5.0,
+        ageing_s: float = 30.0,
+        cost_model: CostModel | None = None,
     ) -> None:
         """Args:
         num_replicas: worker groups that take ticks.
         max_queue_size: requests that may be here at a time, running ones included.
-        max_batch_size: rows of one tick.
-        step_batching: False runs one request at a time through all its steps in one tick: the reference loop.
+        max_batch_tokens: tokens of one tick; a single row runs even if it has more.
         clock: seconds, monotonic.
+        max_queue_cost: tokens x steps that may be here at a time; a single request may have more. None: no limit.
+        step_batching: False runs one request at a time through all its steps in one tick: the reference loop.
+        policy: see policy.py.
+        slowdown: a request without a deadline is due after so many times the time that it needs alone.
+        ageing_s: seconds overdue that raise a priority by 1.
+        cost_model: for estimates; without one they come from the ticks alone.
         """
-        self._num_replicas = num_replicas
-        self._available = set(range(num_replicas))
+        self.max_batch_tokens = max_batch_tokens
+        self.cost_model = cost_model or CostModel()
         self._max_queue_size = max_queue_size
-        self._max_batch_size = max_batch_size
+        self._max_queue_cost = max_queue_cost
         self._step_batching = step_batching
         self._clock = clock
+        self._slowdown = slowdown
+        self._policy = make_policy(policy if step_batching else "fifo", self.cost_model, ageing_s)
+        self._replicas = [_Replica() for _ in range(num_replicas)]
+        self._available = list(range(num_replicas))
         self._entries: dict[str, Entry] = {}
-        self._ticks: dict[int, Tick] = {}
+        self._tick_replicas: dict[int, int] = {}
         self._next_tick_id = 0
+        self.num_deadlines = 0
+        """Requests here that have a deadline."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -127,44 +102,124 @@ class Scheduler:
         """All requests that are here, in the order in which they came."""
         return list(self._entries.values())
 
+    def learn_limits(self, max_batch_tokens: int, measurements: Sequence[Measurement]) -> None:
+        """Take over what a replica has measured; where replicas differ, the smallest batch holds for all."""
+        self.max_batch_tokens = min(self.max_batch_tokens, max_batch_tokens)
+        self.cost_model.learn(measurements)
+
+    # Admission.
+
     def submit(self, work: Work) -> None:
         """Admit a request, and place it on the replica with the least work left.
 
         Raises:
-            QueueFullError: the queue is full.
+            QueueFullError: the queue is full, by number or by work.
+            DeadlineExceededError: the deadline cannot be met, and the request wants to be refused then.
         """
-        if len(self._entries) >= self._max_queue_size:
-            raise QueueFullError(
-                f"the queue is full: {len(self._entries)} requests wait or run (parameter max_queue_size); "
-                "try again later"
-            )
         if work.request_id in self._entries:
             raise ValueError(f"request {work.request_id!r} is here already")
-        self._entries[work.request_id] = Entry(work, self._least_loaded(), self._clock())
+        self._check_room(work)
+        now_s = self._clock()
+        index = self._least_loaded()
+        if work.deadline_s is not None and work.deadline_action == "refuse":
+            self._check_deadline(work, work.deadline_s - now_s, self._replicas[index], now_s)
+        entry = Entry(work, index, now_s)
+        entry.due_s = now_s + self._slowdown * self.cost_model.needed_s(entry)
+        self._entries[work.request_id] = entry
+        self._replicas[index].add(entry)
+        self.num_deadlines += work.deadline_s is not None
+
+    def expected_wait_s(self) -> float:
+        """Seconds until all that is here will be through, by estimate."""
+        available = [self._replicas[index] for index in self._available] or self._replicas
+        return max(self.cost_model.work_s(replica.work_left) for replica in available)
+
+    def _work_left(self) -> int:
+        return sum(replica.work_left for replica in self._replicas)
+
+    def _check_room(self, work: Work) -> None:
+        here = len(self._entries)
+        full_by = None
+        if here >= self._max_queue_size:
+            full_by = f"max_queue_size={self._max_queue_size}"
+        elif self._max_queue_cost is not None and here and self._work_left() + work.cost > self._max_queue_cost:
+            full_by = f"max_queue_cost={self._max_queue_cost} tokens x steps; this one asks for {work.cost} more"
+        if full_by is not None:
+            cost = self._work_left()
+            raise QueueFullError(
+                f"the queue is full: {here} requests with {cost} tokens x steps wait or run (parameter {full_by}); "
+                f"they need about {self.expected_wait_s():.1f} s; try again later"
+            )
+
+    def _check_deadline(self, work: Work, left_s: float, replica: _Replica, now_s: float) -> None:
+        """Refuse what would be late even though only more urgent requests go first."""
+        candidate = Entry(work, 0, now_s)
+        needed_s = self.cost_model.needed_s(candidate)
+        ahead = [
+            entry
+            for entry in replica.entries.values()
+            if _goes_before(entry.work, work) and not self.cost_model.is_late(entry, now_s)
+        ]
+        fits = work.tokens * work.num_rows + sum(e.work.tokens * e.work.num_rows for e in ahead)
+        in_its_batch = fits <= self.max_batch_tokens
+        waits_for = [e for e in ahead if not (in_its_batch and e.work.batch_key == work.batch_key)]
+        waiting_s = sum(map(self.cost_model.left_s, waits_for))
+        if waiting_s + needed_s > left_s:
+            raise DeadlineExceededError(
+                f"the deadline cannot be met: {max(left_s, 0.0):.2f} s are left of it, and about "
+                f"{waiting_s + needed_s:.2f} s are needed here, {waiting_s:.2f} s of them behind {len(waits_for)} "
+                "requests that go first; allow more with deadline_s, ask for fewer steps, or send deadline_action=drop "
+                "to have it tried"
+            )
+
+    def late_requests(self, replica: int) -> list[str]:
+        """Requests of a replica that cannot meet their deadline any more and do not want to be finished late."""
+        now_s = self._clock()
+        return [
+            request_id
+            for request_id, entry in self._replicas[replica].entries.items()
+            if entry.work.deadline_s is not None
+            and entry.work.deadline_action != "continue"
+            and self.cost_model.is_late(entry, now_s)
+        ]
+
+    # Ticks.
 
     def next_tick(self, replica: int) -> Tick | None:
         """The batch that `replica` shall run next, or None when it has nothing to do.
 
         May be called while earlier ticks are still out: their steps count as planned.
         """
-        rows = self._choose_rows(replica)
-        chosen = {request_id for request_id, _ in rows}
-        out = {request_id for tick in self._ticks.values() if tick.replica == replica for request_id, _ in tick.rows}
-        is_suspect_among_others = out - chosen and any(self._entries[key].alone for key in out | chosen)
-        if not rows or is_suspect_among_others:
+        queue = self._replicas[replica]
+        now_s = self._clock()
+        choice = self._choose(queue, now_s)
+        if choice is None or _mixes_suspects(queue, choice):
             return None
+        for key, credit in choice.credits.items():
+            queue.lanes[key].credit = credit
+        first = queue.entries[choice.rows[0][0]]
+        num_steps = 1 if self._step_batching else first.work.num_steps
         admissions = []
-        for request_id, _ in rows:
-            entry = self._entries[request_id]
+        for request_id, indices in _by_request(choice.rows).items():
+            entry = queue.entries[request_id]
             if entry.started_s is None:
-                entry.started_s = self._clock()
+                entry.started_s = now_s
                 admissions.append(request_id)
-        num_steps = 1 if self._step_batching else self._entries[rows[0][0]].work.num_steps
-        for request_id, index in rows:
-            self._entries[request_id].planned[index] += num_steps
-        tick = Tick(self._next_tick_id, replica, tuple(rows), num_steps, tuple(admissions))
-        self._ticks[tick.tick_id] = tick
+            entry.leave(len(indices), num_steps, now_s)
+            for index in indices:
+                entry.planned[index] += num_steps
+        tick = Tick(
+            tick_id=self._next_tick_id,
+            replica=replica,
+            batch_key=first.work.batch_key,
+            rows=choice.rows,
+            tokens=choice.tokens,
+            num_steps=num_steps,
+            admissions=tuple(admissions),
+        )
         self._next_tick_id += 1
+        queue.ticks[tick.tick_id] = tick
+        self._tick_replicas[tick.tick_id] = replica
         return tick
 
     def finish_tick(self, tick_id: int, duration_s: float) -> list[str]:
@@ -172,17 +227,39 @@ class Scheduler:
 
         Rows of requests that were removed meanwhile are passed over, as is a tick of a replica that was reset.
         """
-        tick = self._ticks.pop(tick_id, None)
-        if tick is None:
+        replica = self._tick_replicas.pop(tick_id, None)
+        if replica is None:
             return []
-        touched = dict.fromkeys(request_id for request_id, _ in tick.rows if request_id in self._entries)
-        for request_id, index in tick.rows:
-            if request_id in touched:
-                entry = self._entries[request_id]
+        queue = self._replicas[replica]
+        tick = queue.ticks.pop(tick_id)
+        step_s = duration_s / tick.num_steps
+        now_s = self._clock()
+        ended = []
+        for request_id, indices in _by_request(tick.rows).items():
+            entry = queue.entries[request_id]
+            for index in indices:
                 entry.done[index] += tick.num_steps
-                if index == 0:
-                    entry.steps_s += [duration_s / tick.num_steps] * tick.num_steps
-        return [request_id for request_id in touched if self._entries[request_id].is_done]
+            if 0 in indices:
+                entry.steps_s += [step_s] * tick.num_steps
+            queue.work_left -= entry.work.tokens * len(indices) * tick.num_steps
+            entry.come_back(len(indices), tick.num_steps, now_s)
+            if entry.is_done:
+                ended.append(request_id)
+        return ended
+
+    def observe(self, tick: Tick, duration_s: float) -> None:
+        """Learn from a tick that ran undisturbed what such a tick takes."""
+        self.cost_model.observe(tick.tokens, duration_s / tick.num_steps, tick.batch_key)
+
+    def estimate_out_s(self, replica: int) -> float:
+        """Seconds that the ticks of a replica which are out will take together."""
+        ticks = self._replicas[replica].ticks.values()
+        return sum(self.cost_model.tick_s(tick.tokens, tick.batch_key) * tick.num_steps for tick in ticks)
+
+    def tick(self, tick_id: int) -> Tick | None:
+        """A tick that is out, without the rows of requests that were removed meanwhile."""
+        replica = self._tick_replicas.get(tick_id)
+        return None if replica is None else self._replicas[replica].ticks[tick_id]
 
     def remove(self, request_id: str) -> Entry:
         """Take out a request that has ended, failed or was cancelled; raises KeyError when it is not here.
@@ -190,65 +267,87 @@ class Scheduler:
         Ticks that are out forget its rows: they do not count for a later request of the same id.
         """
         entry = self._entries.pop(request_id)
-        for tick_id, tick in self._ticks.items():
-            rows = tuple(row for row in tick.rows if row[0] != request_id)
-            self._ticks[tick_id] = replace(tick, rows=rows)
+        self.num_deadlines -= entry.work.deadline_s is not None
+        queue = self._replicas[entry.replica]
+        queue.discard(entry)
+        if entry.ticks_out:
+            for tick_id, tick in queue.ticks.items():
+                rows = tuple(row for row in tick.rows if row[0] != request_id)
+                if rows != tick.rows:
+                    # Whether the ranks still ran the row is not known, and so not what the tick cost.
+                    queue.ticks[tick_id] = replace(tick, rows=rows, tokens=0)
         return entry
 
-    def requests_in(self, tick_id: int) -> set[str]:
-        """The requests of a tick that is out; those that were removed meanwhile do not count."""
-        tick = self._ticks.get(tick_id)
-        return {request_id for request_id, _ in tick.rows} if tick else set()
+    # Replicas.
 
     def reset_replica(self, replica: int) -> list[str]:
         """Start the requests of a replica anew: its ranks have lost them. Returns those that had been started.
 
         These run alone from now on, so that one which kills its ranks again takes no other down with it.
         """
-        for tick_id in [tick.tick_id for tick in self._ticks.values() if tick.replica == replica]:
-            del self._ticks[tick_id]
-        lost = []
-        for request_id, entry in self._entries.items():
-            if entry.replica == replica and entry.started_s is not None:
-                entry.restart()
-                entry.alone = True
-                lost.append(request_id)
+        queue = self._replicas[replica]
+        for tick_id in queue.ticks:
+            del self._tick_replicas[tick_id]
+        queue.ticks.clear()
+        lost = [request_id for request_id, entry in queue.entries.items() if entry.started_s is not None]
+        now_s = self._clock()
+        for request_id in lost:
+            entry = queue.entries[request_id]
+            queue.work_left -= entry.work_left
+            entry.restart(now_s)
+            queue.work_left += entry.work_left
+            entry.alone = True
         return lost
 
     def set_available(self, replica: int, available: bool) -> None:
         """Say whether a replica takes work; what waits for one that does not goes to those that do."""
-        if available:
-            self._available.add(replica)
+        indices = {*self._available, replica} if available else {*self._available} - {replica}
+        self._available = sorted(indices)
+        if available or not self._available:
             return
-        self._available.discard(replica)
-        for entry in self._entries.values():
-            if self._available and entry.replica == replica and entry.started_s is None:
-                entry.replica = self._least_loaded()
+        queue = self._replicas[replica]
+        for entry in [entry for entry in queue.entries.values() if entry.started_s is None]:
+            queue.discard(entry)
+            entry.replica = self._least_loaded()
+            self._replicas[entry.replica].add(entry)
 
     def requests_of(self, replica: int) -> list[str]:
         """The requests that are placed on a replica."""
-        return [request_id for request_id, entry in self._entries.items() if entry.replica == replica]
+        return list(self._replicas[replica].entries)
 
     def _least_loaded(self) -> int:
-        left = dict.fromkeys(sorted(self._available) or range(self._num_replicas), 0)
-        for entry in self._entries.values():
-            if entry.replica in left:
-                left[entry.replica] += entry.work_left
-        return min(left, key=left.__getitem__)
+        indices = self._available or range(len(self._replicas))
+        work_left = [self._replicas[index].work_left for index in indices]
+        return indices[work_left.index(min(work_left))]
 
-    def _choose_rows(self, replica: int) -> list[RowId]:
-        rows: list[RowId] = []
-        batch_key = None
-        for request_id, entry in self._entries.items():
-            waiting = [index for index, planned in enumerate(entry.planned) if planned < entry.work.num_steps]
-            if entry.replica != replica or not waiting or batch_key not in (None, entry.work.batch_key):
-                continue
-            if entry.alone and rows:
-                continue
-            if entry.alone or not self._step_batching:
-                return [(request_id, index) for index in waiting[: self._max_batch_size]]
-            batch_key = entry.work.batch_key
-            rows += [(request_id, index) for index in waiting[: self._max_batch_size - len(rows)]]
-            if len(rows) == self._max_batch_size:
-                break
-        return rows
+    def _choose(self, queue: _Replica, now_s: float) -> Choice | None:
+        if self._step_batching:
+            return self._policy.choose(queue.lanes.values(), now_s, self.max_batch_tokens)
+        # The reference loop: the first request that waits, in a lane of its own.
+        for entry in queue.entries.values():
+            if entry.unplanned:
+                lane = Lane(entry.work.batch_key, {entry.work.request_id: entry})
+                return self._policy.choose([lane], now_s, self.max_batch_tokens)
+        return None
+
+
+def _goes_before(work: Work, other: Work) -> bool:
+    """Whether `work` goes before `other`, which has a deadline and is urgent."""
+    if work.priority != other.priority:
+        return work.priority > other.priority
+    assert other.deadline_s is not None
+    return work.deadline_s is not None and work.deadline_s <= other.deadline_s
+
+
+def _mixes_suspects(queue: _Replica, choice: Choice) -> bool:
+    """Whether a suspect would be out together with another request."""
+    chosen = {request_id for request_id, _ in choice.rows}
+    out = {request_id for tick in queue.ticks.values() for request_id, _ in tick.rows}
+    return bool(out - chosen) and any(queue.entries[request_id].alone for request_id in out | chosen)
+
+
+def _by_request(rows: tuple[tuple[str, int], ...]) -> dict[str, list[int]]:
+    grouped: dict[str, list[int]] = {}
+    for request_id, index in rows:
+        grouped.setdefault(request_id, []).append(index)
+    return grouped

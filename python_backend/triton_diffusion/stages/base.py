@@ -131,6 +131,16 @@ class TickStage(PipelineStage[Item]):
     def collect(self, request: StageRequest) -> None:
         """Rank 0 alone: make the request's outputs, once all its rows are through."""
 
+    def limit_batch(self, max_batch_tokens: int) -> None:
+        """Take note of what a forward pass may hold at most, where one item can be more than that."""
+
+    def take_counts(self) -> dict[str, int]:
+        """What was counted since the last call, by the name of a field of StageMetrics."""
+        return {}
+
+    def forget(self) -> None:
+        """Drop what is kept from one batch to the next, behind the warm-up."""
+
     def preview(self, request: StageRequest) -> dict[str, torch.Tensor] | None:
         """Rank 0 alone: what the decoding stage needs to show the request as it stands, if this step wants that."""
         return None

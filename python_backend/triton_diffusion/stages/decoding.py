@@ -11,6 +11,7 @@ import torch
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.components import Components
 from triton_diffusion.media import encode_picture
+from triton_diffusion.request import GenerationRequest
 from triton_diffusion.stages.base import StageRequest, TickStage
 
 
@@ -19,15 +20,20 @@ class DecodingStage(TickStage[StageRequest]):
 
     name = "decoding"
 
-    def __init__(self, family: ModelFamily, components: Components, max_batch_size: int) -> None:
+    def __init__(self, family: ModelFamily, components: Components) -> None:
+        self._family = family
         self._decode = family.decode
         self._components = components
-        self._max_batch_size = max_batch_size
+        self._max_batch_tokens: int | None = None
         self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
 
     def items(self, request: StageRequest, row: int) -> StageRequest:
         """A request is one row here."""
         return request
+
+    def limit_batch(self, max_batch_tokens: int) -> None:
+        """A request is one row, whatever its number of pictures: they may need several passes."""
+        self._max_batch_tokens = max_batch_tokens
 
     def verify_input(self, item: StageRequest) -> None:
         """Denoising left latents."""
@@ -37,8 +43,7 @@ class DecodingStage(TickStage[StageRequest]):
         """Outputs: pictures uint8 (num_outputs, H, W, 3)."""
         components = self._components
         latents = torch.cat([item.inputs["latents"] for item in batch]).to(components.device, components.dtype)
-        # A request is one row, whatever its number of pictures.
-        parts = latents.split(self._max_batch_size)
+        parts = latents.split(self._pictures_per_pass(batch[0].request) or len(latents))
         pictures = torch.cat([self._decode.decode(components, part, batch[0].request) for part in parts])
         start = 0
         for item in batch:
@@ -58,3 +63,8 @@ class DecodingStage(TickStage[StageRequest]):
         files = self._threads.map(encode, request.outputs.pop("pictures").numpy())
         for index, data in enumerate(files):
             request.outputs[f"media.{index}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def _pictures_per_pass(self, request: GenerationRequest) -> int | None:
+        if self._max_batch_tokens is None:
+            return None
+        return max(1, self._max_batch_tokens // self._family.num_image_tokens(request, self._components.checkpoint))

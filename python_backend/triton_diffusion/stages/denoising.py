@@ -32,7 +32,7 @@ class DenoisingStage(TickStage[DenoiseRow]):
     def __init__(self, family: ModelFamily, components: Components) -> None:
         self._denoise = family.denoise
         self._components = components
-        self._last_batch = _Batch((), [], {})
+        self.forget()
 
     def items(self, request: StageRequest, row: int) -> DenoiseRow:
         """One picture of the request."""
@@ -71,6 +71,10 @@ class DenoisingStage(TickStage[DenoiseRow]):
             row.latents = row.noise_scheduler.step(row.prediction, timestep, row.latents, return_dict=False)[0]
             row.prediction = None
             row.step += 1
+
+    def forget(self) -> None:
+        """Drop the rows of the last batch."""
+        self._last_batch = _Batch((), [], {})
 
     def collect(self, request: StageRequest) -> None:
         """Outputs: latents (num_outputs, S, C)."""

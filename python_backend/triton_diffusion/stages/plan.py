@@ -12,6 +12,7 @@ from triton_diffusion.stages.conditioning import ConditioningStage
 from triton_diffusion.stages.decoding import DecodingStage
 from triton_diffusion.stages.denoising import DenoisingStage
 from triton_diffusion.stages.latent_preparation import LatentPreparationStage
+from triton_diffusion.stages.prompt_cache import PromptCache
 from triton_diffusion.stages.text_encoding import TextEncodingStage
 from triton_diffusion.stages.timestep_preparation import TimestepPreparationStage
 
@@ -26,11 +27,13 @@ class StagePlan:
     """Run at every tick that has a row of the request."""
 
 
-def make_plan(stage_model: str, family: ModelFamily, components: Components, max_batch_size: int) -> StagePlan:
+def make_plan(
+    stage_model: str, family: ModelFamily, components: Components, *, prompt_cache_bytes: int = 0
+) -> StagePlan:
     """The plan of the stage model "text_encoding", "denoising" or "decoding"."""
     match stage_model:
         case "text_encoding":
-            return StagePlan((), TextEncodingStage(family, components))
+            return StagePlan((), TextEncodingStage(family, components, PromptCache(prompt_cache_bytes)))
         case "denoising":
             return StagePlan(
                 (
@@ -41,6 +44,6 @@ def make_plan(stage_model: str, family: ModelFamily, components: Components, max
                 DenoisingStage(family, components),
             )
         case "decoding":
-            return StagePlan((), DecodingStage(family, components, max_batch_size))
+            return StagePlan((), DecodingStage(family, components))
         case _:
             raise ValueError(f"there is no stage model {stage_model!r}")

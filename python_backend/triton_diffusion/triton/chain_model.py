@@ -8,6 +8,8 @@ import logging
 import threading
 import time
 import uuid
+from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, ClassVar
 
@@ -15,10 +17,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from triton_diffusion.config import ChainConfig
-from triton_diffusion.errors import DiffusionError, QueueFullError, RequestCancelledError
+from triton_diffusion.errors import DiffusionError, InvalidRequestError, QueueFullError, RequestCancelledError
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.request import INPUT_NAMES, GenerationRequest
+from triton_diffusion.runtime.estimates import DecodingTime, EndRate
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
 from triton_diffusion.state import (
     CancelOrder,
@@ -26,6 +29,7 @@ from triton_diffusion.state import (
     ProgressQuery,
     RequestState,
     StageTimings,
+    make_cancel_key,
     read_progress,
     read_state,
     read_tensors,
@@ -35,23 +39,25 @@ from triton_diffusion.state import (
     write_state,
 )
 from triton_diffusion.triton.conversion import (
-    STATE,
     bytes_tensor,
-    from_stage_error,
     json_tensor,
+    read_cancel_scope,
     read_inputs,
     read_parameters,
-    read_state_tensor,
     send_final,
     set_up_logging,
-    state_tensor,
+    stage_call,
     triton_error,
+    uses_response_cache,
 )
 
 logger = logging.getLogger(__name__)
 
-# How soon a caller that went away is noticed.
-_CANCEL_POLL_S = 0.05
+# How soon a caller that went away is noticed; and the pause at least, as a multiple of the time that asking takes.
+_CANCEL_POLL_S = 0.005
+_CANCEL_POLL_SHARE = 20
+# A stream is never silent for longer.
+_KEEP_ALIVE_S = 1.0
 
 
 class ChainModel:
@@ -73,6 +79,9 @@ class ChainModel:
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self._validation = InputValidationStage(defaults, self._config)
+        self._needs_seed = uses_response_cache(args)
+        self._decoding_time = DecodingTime()
+        self._end_rate = EndRate()
         self._threads = ThreadPoolExecutor(self._config.max_concurrent_requests, "request")
         # A stream has its stage call and a preview under way.
         self._helpers = ThreadPoolExecutor(2 * self._config.max_concurrent_requests, "stage-call")
@@ -110,9 +119,11 @@ class ChainModel:
             self._jobs[job.request_id] = job
             self._has_jobs.set()
         if full:
+            limit = self._config.max_concurrent_requests
+            wait_s = self._end_rate.expected_s(limit)
+            need = "" if wait_s is None else f"they need about {wait_s:.1f} s at the present rate; "
             raise QueueFullError(
-                f"{self._config.max_concurrent_requests} requests run already "
-                "(parameter max_concurrent_requests); try again later"
+                f"{limit} requests wait or run already (parameter max_concurrent_requests); {need}try again later"
             )
 
     def _finish(self, job: _Job, response: Any) -> None:
@@ -126,6 +137,7 @@ class ChainModel:
     def _run(self, job: _Job, given: dict[str, Any]) -> None:
         try:
             response = pb_utils.InferenceResponse(output_tensors=self._generate(job, given))
+            self._end_rate.note_end()
         except Exception as error:
             if not isinstance(error, DiffusionError):
                 logger.exception("request %s failed", job.request_id)
@@ -134,15 +146,38 @@ class ChainModel:
 
     def _generate(self, job: _Job, given: dict[str, Any]) -> list[Any]:
         """Take a request through all stages; returns the output tensors."""
+        if self._needs_seed and "seed" not in given:
+            raise InvalidRequestError(
+                "seed is missing: this server answers equal requests from its response cache, and so would draw the "
+                "same picture again and again; send a seed, another one for each picture"
+            )
         incoming = IncomingRequest(given)
         self._validation([incoming])
         assert incoming.request is not None
+        job.progress = Progress(0, incoming.request.num_inference_steps, 0.0, None)
         validation = StageTimings(run_s=time.monotonic() - job.arrived_s)
-        state = RequestState(job.request_id, incoming.request, {self._validation.name: validation}, incoming.warnings)
+        state = RequestState(
+            job.request_id,
+            incoming.request,
+            {self._validation.name: validation},
+            incoming.warnings,
+            cancel_key=job.cancel_key,
+            deadlines_s=self._deadlines_s(job, incoming.request),
+        )
         blob = self._call(job, self._config.text_encoding_model, write_state(state))
         blob = self._denoise_in_view(job, blob, incoming.request) if self.stream else self._denoise(job, blob)
+        denoised_s = time.monotonic()
         blob = self._call(job, self._config.decoding_model, blob)
+        self._decoding_time.observe(incoming.request, time.monotonic() - denoised_s)
         return _output_tensors(job, blob)
+
+    def _deadlines_s(self, job: _Job, request: GenerationRequest) -> dict[str, float]:
+        """When each stage must be through: what comes behind it needs its time, too."""
+        if request.deadline_s is None:
+            return {}
+        end_s = job.arrived_s + request.deadline_s
+        before_decoding_s = end_s - self._decoding_time.estimate_s(request)
+        return {"text_encoding": before_decoding_s, "denoising": before_decoding_s, "decoding": end_s}
 
     def _denoise(self, job: _Job, blob: bytes) -> bytes:
         return self._call(job, self._config.denoising_model, blob)
@@ -158,7 +193,7 @@ class ChainModel:
         except BaseException:
             # Nobody waits for these steps any more.
             job.cancel_reason = job.cancel_reason or "its stream broke"
-            self._cancel(job, self._config.denoising_model)
+            self._cancel(self._config.denoising_model, [job.request_id])
             raise
         finally:
             wait([result])
@@ -186,11 +221,11 @@ class ChainModel:
     def _send_progress(self, job: _Job, last_step: int, progress: Progress) -> None:
         """One message for each step since `last_step`."""
         for step in range(last_step + 1, progress.step + 1):
-            job.send([_progress_tensor(dataclasses.replace(progress, step=step))])
+            job.send_progress(dataclasses.replace(progress, step=step))
 
     def _ask_progress(self, job: _Job, after_step: int) -> tuple[Progress, bytes | None]:
         query = write_progress_query(ProgressQuery(job.request_id, after_step))
-        return read_progress(_stage_call(self._config.denoising_model, query))
+        return read_progress(stage_call(self._config.denoising_model, query))
 
     def _send_preview(self, job: _Job, preview: bytes, progress: Progress) -> None:
         """Have the estimate of the clean picture decoded, and send it under the step that it shows."""
@@ -198,8 +233,9 @@ class ChainModel:
         output_format = "png" if state.request.output_format == "raw" else state.request.output_format
         state.request = dataclasses.replace(state.request, output_format=output_format)
         state.request_id = f"{job.request_id}-preview-{progress.step}"
+        state.cancel_key, state.deadlines_s = "", {}
         try:
-            decoded = _stage_call(self._config.decoding_model, replace_metadata(preview, state.metadata()))
+            decoded = stage_call(self._config.decoding_model, replace_metadata(preview, state.metadata()))
         except DiffusionError as error:
             # The picture itself does not depend on it.
             logger.warning("request %s goes without a preview of step %d: %s", job.request_id, progress.step, error)
@@ -212,32 +248,44 @@ class ChainModel:
         try:
             if job.cancelled:
                 raise RequestCancelledError(f"cancelled before {model}")
-            return _stage_call(model, blob)
+            return stage_call(model, blob)
         except RequestCancelledError as error:
-            raise RequestCancelledError(f"{job.cancel_reason}: {error}") from error
+            raise RequestCancelledError(f"{job.cancel_reason or 'by its request id'}: {error}") from error
         finally:
             job.stage_model = None
 
     def _watch_cancellation(self) -> None:
-        while not self._stopping.wait(_CANCEL_POLL_S):
+        pause_s = _CANCEL_POLL_S
+        while not self._stopping.wait(pause_s):
             self._has_jobs.wait()
+            started_s = time.monotonic()
             with self._jobs_lock:
                 jobs = list(self._jobs.values())
-            for job in jobs:
-                try:
-                    model = job.stage_model
-                    if job.notice_cancel() and model is not None:
-                        self._cancel(job, model)
-                except Exception:
-                    # This thread watches over all requests.
-                    logger.exception("request %s: the look after its caller failed", job.request_id)
+            try:
+                self._cancel_abandoned(jobs)
+            except Exception:
+                # This thread watches over all requests.
+                logger.exception("the look after callers that went away failed")
+            # Every question about a caller goes to the server's process: with many requests, ask less often.
+            pause_s = max(_CANCEL_POLL_S, _CANCEL_POLL_SHARE * (time.monotonic() - started_s))
 
-    def _cancel(self, job: _Job, model: str) -> None:
-        """Tell a stage; again at every turn until the call returns, since it may not have reached the stage yet."""
+    def _cancel_abandoned(self, jobs: Sequence[_Job]) -> None:
+        """Tell the stages; again at every turn until the call returns, since it may not have reached the stage yet."""
+        by_model: defaultdict[str, list[str]] = defaultdict(list)
+        for job in jobs:
+            if self.stream:
+                job.keep_alive()
+            model = job.stage_model
+            if job.notice_cancel() and model is not None:
+                by_model[model].append(job.request_id)
+        for model, request_ids in by_model.items():
+            self._cancel(model, request_ids)
+
+    def _cancel(self, model: str, request_ids: list[str]) -> None:
         try:
-            _stage_call(model, write_cancel_order(CancelOrder(job.request_id)))
+            stage_call(model, write_cancel_order(CancelOrder(request_ids)))
         except DiffusionError as error:
-            logger.warning("request %s could not be cancelled in %s: %s", job.request_id, model, error)
+            logger.warning("requests %s could not be cancelled in %s: %s", ", ".join(request_ids), model, error)
 
 
 class _Job:
@@ -246,9 +294,13 @@ class _Job:
     def __init__(self, request_id: str, request: Any) -> None:
         self.request_id = request_id
         self.caller_id: str = request.request_id()
+        self.cancel_key = make_cancel_key(read_cancel_scope(request), self.caller_id)
         self.arrived_s = time.monotonic()
         self.stage_model: str | None = None
         self.cancel_reason: str | None = None
+        self.progress = Progress(0, 0, 0.0, None)
+        """What the caller of a stream was told last."""
+        self._last_sent_s = self.arrived_s
         # Microseconds, 0 for none: the `timeout` parameter of the request.
         self._timeout_s = request.timeout() / 1e6
         self._sender = request.get_response_sender()
@@ -273,22 +325,29 @@ class _Job:
 
     def send(self, tensors: list[Any]) -> None:
         """Send a response that is not the last."""
-        if not self.cancelled:
-            self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+        with self._lock:
+            if not self._finished and not self.cancelled:
+                self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+                self._last_sent_s = time.monotonic()
+
+    def send_progress(self, progress: Progress) -> None:
+        """Tell the caller of a stream where its request is."""
+        self.progress = progress
+        self.send([_progress_tensor(progress)])
+
+    def keep_alive(self) -> None:
+        """Say again where the request is if nothing was said for long: a caller that reads HTTP and went away is
+        noticed only when something is sent to it, also while the request waits.
+        """
+        now_s = time.monotonic()
+        if now_s - self._last_sent_s > _KEEP_ALIVE_S:
+            self.send([_progress_tensor(self.progress)])
 
     def finish(self, response: Any) -> None:
         """Send the last response."""
         with self._lock:
             self._finished = True
         send_final(self._sender, response)
-
-
-def _stage_call(model: str, blob: bytes) -> bytes:
-    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[STATE], inputs=[state_tensor(blob)])
-    response = request.exec()
-    if response.has_error():
-        raise from_stage_error(response.error())
-    return read_state_tensor(pb_utils.get_output_tensor_by_name(response, STATE))
 
 
 def _progress_tensor(progress: Progress) -> Any:

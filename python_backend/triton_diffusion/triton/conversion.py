@@ -11,6 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from triton_diffusion.errors import (
+    DeadlineExceededError,
     DiffusionError,
     InvalidRequestError,
     ShuttingDownError,
@@ -29,6 +30,18 @@ def read_parameters(args: Mapping[str, str]) -> dict[str, str]:
     """The `parameters` of a model's config.pbtxt, from the arguments of `initialize`."""
     parameters = json.loads(args["model_config"]).get("parameters", {})
     return {name: value["string_value"] for name, value in parameters.items()}
+
+
+def uses_response_cache(args: Mapping[str, str]) -> bool:
+    """Whether Triton answers equal requests to this model from its cache."""
+    cache = json.loads(args["model_config"]).get("response_cache", {})
+    return bool(cache.get("enable"))
+
+
+def read_cancel_scope(request: Any) -> str:
+    """The request parameter `cancel_scope`; empty where none was sent."""
+    parameters = json.loads(request.parameters() or "{}")
+    return str(parameters.get("cancel_scope", ""))
 
 
 def set_up_logging(model_name: str) -> None:
@@ -88,7 +101,17 @@ def read_state_tensor(tensor: Any) -> bytes:
 def triton_error(error: BaseException) -> Any:
     """A TritonError with the code that belongs to the class of `error`."""
     error = from_wire(*to_wire(error))
-    return pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.triton_code))
+    prefix = DeadlineExceededError.MESSAGE_PREFIX if isinstance(error, DeadlineExceededError) else ""
+    return pb_utils.TritonError(f"{prefix}{error}", getattr(pb_utils.TritonError, error.triton_code))
+
+
+def stage_call(model: str, blob: bytes) -> bytes:
+    """Ask a stage model by BLS, and wait for its answer; raises the stage's error."""
+    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[STATE], inputs=[state_tensor(blob)])
+    response = request.exec()
+    if response.has_error():
+        raise from_stage_error(response.error())
+    return read_state_tensor(pb_utils.get_output_tensor_by_name(response, STATE))
 
 
 def stage_error(error: DiffusionError) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from triton_diffusion.families.flux.family import pixels_per_token
+from triton_diffusion.families.flux.family import PATCH_SIZE, pixels_per_token
 from triton_diffusion.families.flux.packing import unpack_latents
 from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest
@@ -21,3 +21,11 @@ def decode(components: Components, latents: torch.Tensor, request: GenerationReq
     scaled = (pictures * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float()
     rounded: torch.Tensor = (scaled * 255).round().to(torch.uint8)
     return rounded
+
+
+def example_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
+    """Packed latents (num_outputs, S, C), zeros."""
+    size = pixels_per_token(components.checkpoint)
+    num_tokens = (request.height // size) * (request.width // size)
+    channels = components["vae"].config.latent_channels * PATCH_SIZE**2
+    return {"latents": torch.zeros(request.num_outputs, num_tokens, channels)}

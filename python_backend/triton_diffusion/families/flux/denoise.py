@@ -56,6 +56,15 @@ def shared_inputs(components: Components, request: GenerationRequest) -> dict[st
     return {name: tensor.to(components.device, components.dtype) for name, tensor in ids.items()}
 
 
+def example_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
+    """prompt_embeds (1, L, D) and pooled_prompt_embeds (1, P), zeros."""
+    config = components["transformer"].config
+    return {
+        "prompt_embeds": torch.zeros(1, request.max_sequence_length, config.joint_attention_dim),
+        "pooled_prompt_embeds": torch.zeros(1, config.pooled_projection_dim),
+    }
+
+
 def predict(
     components: Components,
     latents: torch.Tensor,

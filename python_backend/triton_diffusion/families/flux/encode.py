@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ def encode_prompts(components: Components, prompts: Sequence[str], max_sequence_
         )
         for index, prompt in enumerate(prompts)
     ]
+
+
+def cache_key(components: Components, prompt: str, max_sequence_length: int) -> Hashable:
+    """The tokens of both encoders, uncut: what is cut off counts for the warning."""
+    tokens = (tuple(components[name](prompt, verbose=False).input_ids) for name in ("tokenizer", "tokenizer_2"))
+    return (max_sequence_length, *tokens)
 
 
 def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:

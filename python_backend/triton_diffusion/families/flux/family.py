@@ -54,10 +54,10 @@ class FluxFamily(ModelFamily):
             longest_sequence_length=LONGEST_SEQUENCE_LENGTH,
         )
 
-    def num_tokens(self, request: GenerationRequest, checkpoint: Checkpoint) -> int:
-        """Text tokens and 2 x 2 patches of the latents."""
+    def num_image_tokens(self, request: GenerationRequest, checkpoint: Checkpoint) -> int:
+        """2 x 2 patches of the latents."""
         size = pixels_per_token(checkpoint)
-        return request.max_sequence_length + (request.height // size) * (request.width // size)
+        return (request.height // size) * (request.width // size)
 
 
 FAMILY = FluxFamily()

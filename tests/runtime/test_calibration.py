@@ -1,0 +1,162 @@
+"""max_batch_tokens: measured once, kept in a file, and what is run before a stage is ready."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints.services import run_service
+from triton_diffusion.distributed.group import RankGroup
+from triton_diffusion.errors import DiffusionError
+from triton_diffusion.families.flux import FAMILY
+from triton_diffusion.loading.checkpoint import open_checkpoint
+from triton_diffusion.loading.components import Components, load_components
+from triton_diffusion.runtime.calibration import (
+    Calibration,
+    WarmUp,
+    cache_path,
+    read_calibration,
+    write_calibration,
+)
+from triton_diffusion.runtime.messages import RunTick, TickDone
+from triton_diffusion.runtime.rank_executor import RankExecutor
+from triton_diffusion.stages.plan import make_plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRITON_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def components_of(folder: Path, stage_model: str, dtype: torch.dtype = torch.float32) -> Components:
+    return load_components(open_checkpoint(str(folder)), FAMILY.stage_components[stage_model], dtype=dtype, device=CPU)
+
+
+class TimedExecutor(RankExecutor):
+    """The real stage, with a clock that says what a device would take; more than `memory` rows do not fit."""
+
+    def __init__(self, components: Components, seconds: dict[int, float], memory: int = 10**6) -> None:
+        super().__init__("denoising", make_plan("denoising", FAMILY, components), RankGroup(rank=0, size=1, device=CPU))
+        self._seconds = seconds
+        self._memory = memory
+
+    def run(self, tick: RunTick) -> TickDone:
+        done = super().run(tick)
+        values: dict[str, Any] = {name: getattr(done, name) for name in done.__struct_fields__}
+        values["duration_s"] = self._seconds.get(len(tick.rows), len(tick.rows))
+        if len(tick.rows) > self._memory:
+            values["failed"] = {tick.rows[0][0]: ("StageError", "out of memory")}
+        return TickDone(**values)
+
+
+def calibrate(folder: Path, seconds: dict[int, float], **values: Any) -> Calibration:
+    components = components_of(folder, "denoising")
+    executor = TimedExecutor(components, seconds, **values)
+    group = RankGroup(rank=0, size=1, device=CPU)
+    calibration = WarmUp("denoising", executor, FAMILY, components, group).calibrate("a device")
+    assert not executor._held, "the warm-up leaves no request behind"
+    return calibration
+
+
+TOKENS = 48 + 8 * 8
+"""Of a row of the tiny checkpoint's default request: 48 text tokens, 32 x 32 pixels in tokens of 4 x 4."""
+
+
+def test_the_limit_is_where_a_larger_batch_gains_no_speed(flux_checkpoint: Path) -> None:
+    calibration = calibrate(flux_checkpoint, {1: 1.0, 2: 1.1, 4: 1.5, 8: 3.0, 16: 6.0})
+    assert calibration.max_batch_tokens == 4 * TOKENS
+    assert [tokens // TOKENS for tokens, _ in calibration.measurements] == [1, 2, 4, 8, 16]
+
+
+def test_one_slow_measurement_does_not_end_the_search(flux_checkpoint: Path) -> None:
+    assert calibrate(flux_checkpoint, {1: 1.0, 2: 2.1, 4: 2.2, 8: 4.4, 16: 8.8}).max_batch_tokens == 4 * TOKENS
+
+
+def test_a_device_that_gains_nothing_from_batches_runs_rows_alone(flux_checkpoint: Path) -> None:
+    assert calibrate(flux_checkpoint, {1: 1.0, 2: 2.0, 4: 4.0}).max_batch_tokens == TOKENS
+
+
+def test_what_does_not_fit_into_memory_is_above_the_limit(flux_checkpoint: Path) -> None:
+    calibration = calibrate(flux_checkpoint, {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}, memory=4)
+    assert calibration.max_batch_tokens == 4 * TOKENS
+
+
+def test_a_single_row_that_fails_is_an_error(flux_checkpoint: Path) -> None:
+    with pytest.raises(DiffusionError, match="out of memory"):
+        calibrate(flux_checkpoint, {}, memory=0)
+
+
+# The file.
+
+
+def test_a_calibration_is_kept_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file.json"
+    calibration = Calibration(device="d", max_batch_tokens=5, measurements=[(1, 0.5)])
+    assert read_calibration(path) is None
+    write_calibration(path, calibration)
+    assert read_calibration(path) == calibration
+    assert os.listdir(path.parent) == ["file.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"device": 1}', "null"])
+def test_a_file_that_is_none_is_measured_anew(tmp_path: Path, content: str) -> None:
+    (tmp_path / "file.json").write_text(content)
+    assert read_calibration(tmp_path / "file.json") is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    write_calibration(tmp_path / "file" / "x.json", Calibration(device="d", max_batch_tokens=5, measurements=[]))
+
+
+def test_another_dtype_or_number_of_threads_is_another_file(flux_checkpoint: Path, cache: Path) -> None:
+    paths = {
+        cache_path("decoding", components_of(flux_checkpoint, "decoding", dtype), num_threads=threads, group_size=size)
+        for dtype in (torch.float32, torch.bfloat16)
+        for threads in (1, 2)
+        for size in (1, 2)
+    }
+    assert len(paths) == 8
+    assert {path.parent for path in paths} == {cache / "calibration"}
+
+
+# In a stage that starts.
+
+
+def test_a_stage_measures_at_its_first_start_only(flux_checkpoint: Path, cache: Path) -> None:
+    with run_service("denoising", flux_checkpoint) as caller:
+        measured = caller.service.metrics().max_batch_tokens
+    (file,) = (cache / "calibration").glob("denoising-*.json")
+    kept = read_calibration(file)
+    assert kept is not None
+    assert kept.max_batch_tokens == measured
+    write_calibration(file, Calibration(device="d", max_batch_tokens=777, measurements=[(777, 0.5)]))
+    with run_service("denoising", flux_checkpoint) as caller:
+        assert caller.service.metrics().max_batch_tokens == 777
+
+
+def test_what_is_configured_is_not_measured(flux_checkpoint: Path, cache: Path) -> None:
+    with run_service("decoding", flux_checkpoint, max_batch_tokens=123) as caller:
+        assert caller.service.metrics().max_batch_tokens == 123
+    assert not list(cache.glob("**/*.json"))
+
+
+def test_ranks_of_a_group_agree_on_what_was_measured(flux_checkpoint: Path, cache: Path) -> None:
+    with run_service("decoding", flux_checkpoint, num_gpus=2, dp_size=1) as caller:
+        assert caller.service.metrics().max_batch_tokens > 0
+    assert len(list((cache / "calibration").glob("decoding-*.json"))) == 1
+
+
+def test_a_warm_up_size_that_the_model_does_not_have_stops_the_start(flux_checkpoint: Path) -> None:
+    with (
+        pytest.raises(DiffusionError, match=r"warmup_resolutions: 64x33 must be multiples of 4"),
+        run_service("denoising", flux_checkpoint, warmup_resolutions="64x64,64x33", max_batch_tokens=500),
+    ):
+        pass
