@@ -163,6 +163,32 @@ def test_a_size_whose_requests_are_due_later_is_not_mixed_in_at_every_step() -> 
     assert [replica.ran() for _ in range(10)] == ["a"] * 5 + ["b"] * 5
 
 
+def test_an_overdue_video_leaves_half_of_the_time_to_short_images() -> None:
+    """Else an image that comes now would wait until the whole video is through."""
+    replica = Replica(max_batch_tokens=40)
+    replica.submit("video", key="video", steps=50, tokens=40)
+    replica.now_s += 1000
+    spent: Counter[str] = Counter()
+    for number in range(900):
+        replica.submit(f"image-{number}", key="image", tokens=4)
+        tick = replica.run_tick()
+        spent[tick.batch_key] += tick.tokens
+        if "video" in replica.ended_s:
+            break
+    assert spent["video"] == 50 * 40
+    assert 0.8 <= spent["image"] / spent["video"] <= 1.0
+    waits_s = [replica.ended_s.get(f"image-{number}", 0.0) for number in range(100)]
+    assert min(waits_s) > 0, "none of the first hundred images still waits"
+
+
+def test_an_overdue_request_does_not_yield_to_what_is_hardly_shorter() -> None:
+    replica = Replica(max_batch_tokens=1)
+    replica.submit("overdue", key="a", steps=10)
+    replica.now_s += 10
+    replica.submit("newer", key="b", steps=5)
+    assert [replica.ran() for _ in range(10)] == ["overdue"] * 10
+
+
 @pytest.mark.parametrize("policy", ["fair", "drr"])
 def test_a_size_is_served_whatever_comes_in_another_one(policy: PolicyName) -> None:
     replica = Replica(policy=policy)

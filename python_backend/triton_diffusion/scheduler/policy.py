@@ -13,6 +13,8 @@ from triton_diffusion.config import PolicyName
 from triton_diffusion.scheduler.cost import CostModel
 from triton_diffusion.scheduler.work import HIGHEST_PRIORITY, Entry, RowId
 
+# What may interrupt an overdue request has at most this part of its work left.
+_MUCH_SHORTER = 5.0
 # Under "drr" a request that has waited long compared with what it needs counts at most for so many.
 _HIGHEST_WEIGHT = 16.0
 
@@ -24,7 +26,8 @@ class Lane:
     batch_key: str
     entries: dict[str, Entry] = field(default_factory=dict)
     credit: float = 0.0
-    """Tokens that this lane may run before others have their turn; used by "drr" alone."""
+    """Under "drr" the tokens that this lane may run before others have their turn; under "fair" the seconds that it owes
+    to shorter requests."""
 
     def waiting(self) -> list[Entry]:
         """Requests with a step that is in no tick yet."""
@@ -67,7 +70,8 @@ class FairPolicy:
     does not move with what comes later, nobody is passed over for ever. What is overdue rises by one priority for every
     `ageing_s`: that changes no order within a priority, and lets no higher one starve it.
 
-    The lane of the first one runs, with as many of its other requests as fit, first ones first.
+    The lane of the first one runs, with as many of its other requests as fit, first ones first. A long request that is
+    overdue would now keep all others waiting until it is through: it leaves every other second to much shorter ones.
     """
 
     def __init__(self, cost_model: CostModel, ageing_s: float) -> None:
@@ -76,12 +80,48 @@ class FairPolicy:
 
     def choose(self, lanes: Collection[Lane], now_s: float, max_batch_tokens: int) -> Choice | None:
         """See the class."""
-        waiting = _waiting(lanes)
+        waiting = {lane.batch_key: entries for lane in lanes if (entries := lane.waiting())}
         if not waiting:
             return None
-        if len(waiting) > 1:
-            waiting = [min(waiting, key=lambda entries: min(self._rank(entry, now_s) for entry in entries))]
-        return self._fill_in_order(waiting[0], now_s, max_batch_tokens)
+        if len(waiting) == 1:
+            return self._fill_in_order(next(iter(waiting.values())), now_s, max_batch_tokens)
+        heads = {key: min(entries, key=lambda e: self._rank(e, now_s)) for key, entries in waiting.items()}
+        first = min(heads, key=lambda key: self._rank(heads[key], now_s))
+        batch = self._fill_in_order(waiting[first], now_s, max_batch_tokens)
+        if now_s <= self._due_s(heads[first], now_s):
+            return batch
+        return self._leave_time(
+            heads[first], batch, waiting, {lane.batch_key: lane.credit for lane in lanes}, now_s, max_batch_tokens
+        )
+
+    def _leave_time(
+        self,
+        head: Entry,
+        batch: Choice,
+        waiting: Mapping[str, list[Entry]],
+        credit: dict[str, float],
+        now_s: float,
+        max_batch_tokens: int,
+    ) -> Choice:
+        """The batch of an overdue request, or one of much shorter requests that have as much time as it has taken."""
+        longest_s = self._cost_model.left_s(head) / _MUCH_SHORTER
+        short = [
+            entry
+            for key, entries in waiting.items()
+            if key != head.work.batch_key
+            for entry in entries
+            if entry.work.priority >= head.work.priority and self._cost_model.left_s(entry) <= longest_s
+        ]
+        if not short:
+            return batch
+        key = min(short, key=lambda entry: self._rank(entry, now_s)).work.batch_key
+        others = self._fill_in_order(waiting[key], now_s, max_batch_tokens)
+        others_s = self._cost_model.tick_s(others.tokens, key)
+        if credit[head.work.batch_key] >= others_s:
+            credit[head.work.batch_key] -= others_s
+            return Choice(others.rows, others.tokens, credit)
+        credit[head.work.batch_key] += self._cost_model.tick_s(batch.tokens, head.work.batch_key)
+        return Choice(batch.rows, batch.tokens, credit)
 
     def _fill_in_order(self, entries: list[Entry], now_s: float, max_batch_tokens: int) -> Choice:
         all_fit = sum(entry.work.tokens * entry.work.num_rows for entry in entries) <= max_batch_tokens
