@@ -26,8 +26,8 @@ class Lane:
     batch_key: str
     entries: dict[str, Entry] = field(default_factory=dict)
     credit: float = 0.0
-    """Under "drr" the tokens that this lane may run before others have their turn; under "fair" the seconds that it owes
-    to shorter requests."""
+    """Under "drr" the tokens that this lane may run before others have their turn; under "fair" the seconds that it
+    owes to shorter requests."""
 
     def waiting(self) -> list[Entry]:
         """Requests with a step that is in no tick yet."""

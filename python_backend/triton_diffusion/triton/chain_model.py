@@ -166,10 +166,10 @@ class ChainModel:
         )
         blob = self._call(job, self._config.text_encoding_model, write_state(state))
         blob = self._denoise_in_view(job, blob, incoming.request) if self.stream else self._denoise(job, blob)
-        denoised_s = time.monotonic()
         blob = self._call(job, self._config.decoding_model, blob)
-        self._decoding_time.observe(incoming.request, time.monotonic() - denoised_s)
-        return _output_tensors(job, blob)
+        state = read_state(blob)
+        self._decoding_time.observe(incoming.request, state.timings["decoding"].run_s)
+        return _output_tensors(job, state, read_tensors(blob))
 
     def _deadlines_s(self, job: _Job, request: GenerationRequest) -> dict[str, float]:
         """When each stage must be through: what comes behind it needs its time, too."""
@@ -364,9 +364,7 @@ def _progress_tensor(progress: Progress) -> Any:
     )
 
 
-def _output_tensors(job: _Job, blob: bytes) -> list[Any]:
-    state = read_state(blob)
-    tensors = read_tensors(blob)
+def _output_tensors(job: _Job, state: RequestState, tensors: dict[str, bytes]) -> list[Any]:
     request = state.request
     outputs = [
         pb_utils.Tensor("seed", np.array(request.output_seeds, dtype=np.int64)),
