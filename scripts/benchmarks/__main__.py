@@ -7,11 +7,11 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import footprint, overhead, parity
+from benchmarks import footprint, overhead, parity, serving
 from benchmarks.report import print_report, write_json
 from triton_diffusion.errors import ConfigurationError
 
-_BENCHMARKS = {"overhead": overhead, "footprint": footprint, "parity": parity}
+_BENCHMARKS = {"overhead": overhead, "footprint": footprint, "parity": parity, "serving": serving}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print_report(report)
     if args.json is not None:
-        write_json(args.json, report.figures)
+        write_json(args.json, report)
     return 0
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.picture import PROMPT, absolute_model_path
 from benchmarks.report import Figure, Report, describe_machine
-from benchmarks.serving import named_processes, prepared_server, wait_until_ready
+from benchmarks.running import named_processes, prepared_server, wait_until_ready
 from triton_diffusion.config import StageConfig
 from triton_diffusion.server import TritonServer
 from triton_diffusion_client import DiffusionClient

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ import psutil
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.in_process import InProcessPipeline, Setup, openmp_variables
+from benchmarks.in_process import InProcessPipeline, Setup
 from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length
 from benchmarks.report import Figure, Report, describe_machine
-from benchmarks.serving import named_processes, running_server
+from benchmarks.running import busy_figure, named_processes, openmp_of_ranks, running_server
 from triton_diffusion.config import StageConfig
 from triton_diffusion.server import TritonServer
 from triton_diffusion_client import DiffusionClient
@@ -82,7 +81,7 @@ def measure(args: argparse.Namespace) -> Report:
     settings = {"model_path": model_path, "dtype": config.dtype, "num_threads": str(config.num_threads)}
     with (
         running_server(settings) as server,
-        _pipeline(config, _openmp_of_ranks(server)) as like_ranks,
+        _pipeline(config, openmp_of_ranks(server)) as like_ranks,
         _pipeline(config, {}) if args.openmp_defaults else contextlib.nullcontext() as with_defaults,
         DiffusionClient(_address(server, args.protocol), args.protocol) as client,
     ):
@@ -95,7 +94,7 @@ def measure(args: argparse.Namespace) -> Report:
         }
         if with_defaults is not None:
             sides[_WITH_DEFAULTS] = _pipeline_side(with_defaults)
-        figures = [_busy_figure()]
+        figures = [busy_figure()]
         for size in args.sizes:
             samples, cpu_s = _take_turns(sides, size, model_path, args)
             figures += _figures(f"{size}x{size}", samples, cpu_s)
@@ -115,19 +114,6 @@ def _pipeline(config: StageConfig, openmp: Mapping[str, str]) -> InProcessPipeli
 
 def _pipeline_side(pipeline: InProcessPipeline) -> _Side:
     return _Side(draw=lambda request: _call(pipeline, request), processes={"pipeline": psutil.Process(pipeline.pid)})
-
-
-def _openmp_of_ranks(server: TritonServer) -> dict[str, str]:
-    return openmp_variables(named_processes(server)["denoising, rank 0"].environ())
-
-
-def _busy_figure() -> Figure:
-    """How much of the cores others take while we do nothing; warns where that spoils the figures."""
-    time.sleep(1.0)
-    busy_percent = psutil.cpu_percent(interval=2.0)
-    if busy_percent > 5:
-        print(f"warning: the processor is {busy_percent:.0f} % busy with other work; expect noise", file=sys.stderr)
-    return Figure(name="processor busy with other work before the run", value=busy_percent, unit="%")
 
 
 def _take_turns(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.in_process import InProcessPipeline, Setup
 from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length, request_defaults
 from benchmarks.report import Figure, Report, describe_machine
-from benchmarks.serving import running_server
+from benchmarks.running import running_server
 from triton_diffusion.config import ChainConfig, StageConfig
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.runtime.service import Answer, StageService

@@ -20,16 +20,21 @@ class Figure:
     value: float
     unit: str = ""
     at_most: float | None = None
-    """The goal; None where there is none."""
+    at_least: float | None = None
+    """The goal, at most one of the two; None where there is none."""
 
     @property
     def goal(self) -> str | None:
         """The goal in words."""
+        if self.at_least is not None:
+            return f">= {self.at_least:g}"
         return None if self.at_most is None else f"<= {self.at_most:g}"
 
     @property
     def holds(self) -> bool | None:
         """Whether the goal is met; None without one."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
         return None if self.at_most is None else self.value <= self.at_most
 
     def to_json(self) -> dict[str, Any]:
@@ -73,10 +78,11 @@ def format_table(figures: Iterable[Figure]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, figures: Iterable[Figure]) -> None:
-    """Write `{"figures": [...]}`."""
+def write_json(path: Path, report: Report) -> None:
+    """Write `{"machine": "...", "figures": [...]}`."""
+    content = {"machine": report.machine, "figures": [figure.to_json() for figure in report.figures]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"figures": [figure.to_json() for figure in figures]}, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _digits(value: float) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 
+from benchmarks.in_process import openmp_variables
+from benchmarks.report import Figure
 from triton_diffusion.commands import ProgressLine
 from triton_diffusion.repository import build_repository
 from triton_diffusion.server import TritonServer
@@ -75,3 +79,17 @@ def wait_until_ready(server: TritonServer, *, poll_s: float) -> None:
     while not server.is_ready():
         if server.wait(poll_s) is not None:
             server.wait_until_ready()  # starts it again, or says what is wrong
+
+
+def openmp_of_ranks(server: TritonServer) -> dict[str, str]:
+    """How the threads of the server's ranks behave: their OpenMP variables."""
+    return openmp_variables(named_processes(server)["denoising, rank 0"].environ())
+
+
+def busy_figure() -> Figure:
+    """How much of the cores others take while we do nothing; warns where that spoils the figures."""
+    time.sleep(1.0)
+    busy_percent = psutil.cpu_percent(interval=2.0)
+    if busy_percent > 5:
+        print(f"warning: the processor is {busy_percent:.0f} % busy with other work; expect noise", file=sys.stderr)
+    return Figure(name="processor busy with other work before the run", value=busy_percent, unit="%")

@@ -1,0 +1,57 @@
+"""How long and how often everything is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The lengths of one run."""
+
+    rounds: int
+    """Turns of each side in a workload."""
+    pictures_by_clients: dict[int, int]
+    """For each number of clients in a closed loop: pictures of a turn that count, a multiple of the clients."""
+    lone_repeats: int
+    """Pictures a turn and step count when the latency without load is measured."""
+    batch_repeats: int
+    """Passes over the batch sizes when the best one is looked for."""
+    capacity_pictures: int
+    """Pictures a turn when the capacity for mixed step counts is measured."""
+    open_loop_s: float
+    """Length of a turn with random arrivals."""
+    num_shorts: int
+    """Short requests a turn behind the long ones."""
+    saturation_pictures: int
+    """Pictures a turn when the processor's time is looked at; enough for some seconds."""
+    sweep_loads: tuple[float, ...]
+    """Loads for the plot, as shares of the monolith's capacity."""
+    sweep_s: float
+    """Length of a side's turn at one of these loads."""
+
+
+FULL = Scale(
+    rounds=3,
+    pictures_by_clients={1: 8, 4: 16, 16: 32},
+    lone_repeats=2,
+    batch_repeats=2,
+    capacity_pictures=24,
+    open_loop_s=16.0,
+    num_shorts=12,
+    saturation_pictures=64,
+    sweep_loads=(0.2, 0.5, 0.8, 1.0, 1.2),
+    sweep_s=10.0,
+)
+QUICK = Scale(
+    rounds=2,
+    pictures_by_clients={1: 3, 4: 4, 16: 16},
+    lone_repeats=1,
+    batch_repeats=1,
+    capacity_pictures=8,
+    open_loop_s=5.0,
+    num_shorts=6,
+    saturation_pictures=32,
+    sweep_loads=(0.4, 0.8, 1.2),
+    sweep_s=4.0,
+)
