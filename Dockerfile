@@ -28,8 +28,9 @@ RUN python3 -m pip install --no-cache-dir --break-system-packages --constraint c
 RUN useradd --create-home --uid 10001 triton-diffusion && mkdir -p /cache && chmod 1777 /cache
 USER triton-diffusion
 WORKDIR /home/triton-diffusion
-# Mount a volume here to keep what is fetched from the Hugging Face Hub.
+# Mount a volume here to keep what is fetched from the Hugging Face Hub, and what a start measures of the device.
 ENV HF_HOME=/cache/huggingface
+ENV TRITON_DIFFUSION_CACHE=/cache/triton-diffusion
 
 EXPOSE 8000 8001 8002
 # The ports open when the models are loaded; a large checkpoint takes minutes.

@@ -46,8 +46,8 @@ class CostModel:
         return cost * self._seconds_per_token * self._factors.get(batch_key, 1.0)
 
     def needed_s(self, entry: Entry) -> float:
-        """Seconds until a request could be through if it had the replica to itself."""
-        steps = entry.work.num_steps - min(entry.done)
+        """Seconds until a request could be through if it had the replica to itself; what runs counts as done."""
+        steps = entry.work.num_steps - min(entry.planned)
         return steps * self.tick_s(entry.work.tokens * entry.work.num_rows, entry.work.batch_key)
 
     def left_s(self, entry: Entry) -> float:

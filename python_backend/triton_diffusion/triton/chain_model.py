@@ -54,7 +54,7 @@ from triton_diffusion.triton.conversion import (
 logger = logging.getLogger(__name__)
 
 # How soon a caller that went away is noticed; and the pause at least, as a multiple of the time that asking takes.
-_CANCEL_POLL_S = 0.005
+_CANCEL_POLL_S = 0.02
 _CANCEL_POLL_SHARE = 20
 # A stream is never silent for longer.
 _KEEP_ALIVE_S = 1.0

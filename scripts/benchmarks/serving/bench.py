@@ -55,13 +55,17 @@ class Bench:
             return await load(side)
 
         with side.running():
-            return self.runner.run(turn())
+            try:
+                return self.runner.run(turn())
+            except BaseException:
+                self.runner.run(_cancel_all_tasks())
+                raise
 
     def warm_up(self, name: str) -> None:
-        """Have a side allocate and choose what it keeps: all clients at once, with few steps and with all."""
+        """Have a side allocate and choose what it keeps: all clients at once, twice, with few steps."""
 
         async def load(side: Side) -> None:
-            for steps in (2, self.picture.num_inference_steps):
+            for steps in (2, 4):
                 plan = map(planned, self.pictures(itertools.repeat(steps, MOST_CLIENTS)))
                 await closed_loop(side.ask, plan, clients=MOST_CLIENTS)
 
@@ -79,3 +83,11 @@ class Bench:
 def planned(request: PictureRequest) -> Planned:
     """A request whose caller waits for its answer."""
     return Planned(request=request)
+
+
+async def _cancel_all_tasks() -> None:
+    """End what an error or Ctrl-C has left under way, before the clients are closed."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

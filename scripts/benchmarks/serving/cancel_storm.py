@@ -69,6 +69,8 @@ class StormTurn:
 def measure(bench: Bench) -> Mapping[str, Sequence[StormTurn]]:
     """Our side and the monolith, by round."""
     names = [name for name in bench.names if name in _SIDES]
+    if not names:
+        return {}
 
     def play(name: str, index: int) -> StormTurn:
         async def load(side: Side) -> StormTurn:
@@ -87,7 +89,7 @@ async def _turn(bench: Bench, side: Side, *, seed: int) -> StormTurn:
         sent, departures = await _observed(bench, side, plan)
     else:
         sent, departures = await _storm(bench, side.ask, plan), None
-    num_pictures = bench.scale.pictures_by_clients[MOST_CLIENTS]
+    num_pictures = bench.scale.storm_pictures
     begin_s, end_s = steady_window(sent, clients=MOST_CLIENTS, num_pictures=num_pictures)
     return StormTurn(
         pictures_per_s=num_pictures / (end_s - begin_s),
@@ -97,7 +99,7 @@ async def _turn(bench: Bench, side: Side, *, seed: int) -> StormTurn:
 
 
 async def _storm(bench: Bench, ask: Ask, plan: Iterator[Planned]) -> list[Sent]:
-    num_answers = MOST_CLIENTS + bench.scale.pictures_by_clients[MOST_CLIENTS]
+    num_answers = MOST_CLIENTS + bench.scale.storm_pictures
     return await closed_loop(ask, plan, clients=MOST_CLIENTS, num_answers=num_answers)
 
 

@@ -173,6 +173,8 @@ def _measure_open_loops(bench: Bench, workloads: list[str], plots: Path | None) 
 
 def _workloads(args: argparse.Namespace) -> list[str]:
     chosen = args.workloads or [name for name in _WORKLOADS if name != "sweep" or args.plots is not None]
+    if set(args.sides) == {"limit"}:
+        return [name for name in chosen if name == "closed-loop"]
     return [name for name in chosen if "ours" in args.sides or name not in _OURS_ONLY]
 
 

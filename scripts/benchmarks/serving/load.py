@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,8 +79,8 @@ async def _send(ask: Ask, planned: Planned, sent_s: float) -> Sent:
     ended_s = time.time()
     if cancelled:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        # Whatever comes of it now: nobody waits for it.
+        await asyncio.gather(task, return_exceptions=True)
     elif not task.result().startswith(_PNG_SIGNATURE):
         raise ValueError(f"the answer is no PNG file; it begins with {task.result()[:40]!r}")
     return Sent(request=planned.request, sent_s=sent_s, ended_s=ended_s, cancelled=cancelled)

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.serving.closed_loop import ClosedLoopResult
 from benchmarks.serving.open_loop import OpenLoopResult
@@ -85,10 +85,11 @@ def draw_latency(results: Sequence[OpenLoopResult], reference: str, file: Path) 
                 latencies_s = [percentile(result.latencies_s(name), percent) for result in results]
                 axes.plot(loads, latencies_s, marker="o", markersize=4, color=_COLOURS[name], label=_TITLES[name])
             axes.set_title(title, loc="left", fontsize=10)
-            axes.set_xlabel(f"arrivals, % of the capacity of: {_TITLES[reference]}")
+            axes.set_xlabel(f"arrivals, % of what {_TITLES[reference]!r} can take")
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
         panels[0].set_ylabel("latency, seconds")
         panels[0].legend(loc="upper left")
         _save(canvas, file)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -99,17 +99,26 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Pa
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask all of the process group to end, and kill what does not."""
+    """Ask the process to end, and kill what it leaves."""
     resume(process.pid)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    family = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
+    # multiprocessing's tracker ends by itself behind all others, and removes their semaphores.
+    trackers = [each for each in family if any("resource_tracker" in word for word in each.cmdline())]
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
         process.wait(_EXIT_TIMEOUT_S)
-    _, alive = psutil.wait_procs(family, timeout=2.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    _kill_after([each for each in family if each not in trackers], patience_s=2.0)
+    _kill_after(trackers, patience_s=5.0)
+    process.wait()
+
+
+def _kill_after(processes: Sequence[psutil.Process], *, patience_s: float) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=patience_s)
     for left in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
-    process.wait()
 
 
 def _free_port() -> int:

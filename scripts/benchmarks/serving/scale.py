@@ -23,6 +23,8 @@ class Scale:
     """Length of a turn with random arrivals."""
     num_shorts: int
     """Short requests a turn behind the long ones."""
+    storm_pictures: int
+    """Pictures of a turn that are not cancelled and count in the cancel storm."""
     saturation_pictures: int
     """Pictures a turn when the processor's time is looked at; enough for some seconds."""
     sweep_loads: tuple[float, ...]
@@ -33,25 +35,27 @@ class Scale:
 
 FULL = Scale(
     rounds=3,
-    pictures_by_clients={1: 8, 4: 16, 16: 32},
+    pictures_by_clients={1: 8, 4: 16, 16: 48},
     lone_repeats=2,
     batch_repeats=2,
-    capacity_pictures=24,
-    open_loop_s=16.0,
+    capacity_pictures=16,
+    open_loop_s=14.0,
     num_shorts=12,
+    storm_pictures=24,
     saturation_pictures=64,
     sweep_loads=(0.2, 0.5, 0.8, 1.0, 1.2),
     sweep_s=10.0,
 )
 QUICK = Scale(
-    rounds=2,
-    pictures_by_clients={1: 3, 4: 4, 16: 16},
+    rounds=1,
+    pictures_by_clients={1: 2, 4: 4, 16: 16},
     lone_repeats=1,
     batch_repeats=1,
-    capacity_pictures=8,
+    capacity_pictures=4,
     open_loop_s=5.0,
-    num_shorts=6,
+    num_shorts=4,
+    storm_pictures=8,
     saturation_pictures=32,
-    sweep_loads=(0.4, 0.8, 1.2),
+    sweep_loads=(0.4, 1.2),
     sweep_s=4.0,
 )

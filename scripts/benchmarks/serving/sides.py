@@ -105,6 +105,9 @@ def _open_monolith(variables: Mapping[str, str], runner: asyncio.Runner) -> Iter
 
 @contextlib.contextmanager
 def _open_http(name: str, variables: Mapping[str, str], runner: asyncio.Runner) -> Iterator[Side]:
+    if name == "litserve":
+        # Its worker is a child of a process that has imported torch: bound to a core there, it would have no other.
+        variables = {key: value for key, value in variables.items() if key not in ("OMP_PROC_BIND", "OMP_PLACES")}
     with http_server(_HTTP_MODULES[name], variables) as (pid, address):
         session = runner.run(_make_session())
         try:
