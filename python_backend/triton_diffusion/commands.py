@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import get_args
 
 from triton_diffusion import repository
-from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, PolicyName, StageConfig
+from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, PolicyName, StageConfig, VaeTiling
 from triton_diffusion.errors import ConfigurationError
-from triton_diffusion.families.registry import check_checkpoint
+from triton_diffusion.families.registry import check_checkpoint, check_parallel
 from triton_diffusion.loading.checkpoint import DEMO, open_checkpoint
 from triton_diffusion.server import StartProgress, TritonServer, describe_exit
 
@@ -28,6 +28,8 @@ _LOG_ARGUMENTS = {
 }
 # Our files are complete; completing them would start every model twice.
 _COMPLETE = ["--disable-auto-complete-config"]
+# Parameters of the denoising model that have flags without its name.
+_DEGREES = ("tp_size", "ulysses_degree", "ring_degree", "enable_cfg_parallel")
 _DEFAULTS = {field.name: field.default for config in (ChainConfig, StageConfig) for field in fields(config)}
 
 
@@ -109,8 +111,25 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         'checkpoint folder in diffusers layout, hub id, or "demo" for the built-in checkpoint',
     )
     add("num_gpus", int, "ranks of a stage in all, one a GPU; without a GPU, processes on the CPU")
-    add("dp_size", int, "replicas that share them; 0: every rank is a replica of its own")
+    add("dp_size", int, "replicas that share them; 0: as many as the degrees below allow")
     add("gpu_device_ids", str, 'GPUs of each replica, as in "0,1;2,3"; default: the first ones')
+    add("tp_size", int, "tensor parallelism of the transformer: ranks that share each weight matrix")
+    add("ulysses_degree", int, "ranks that share the sequence and swap it for heads; 0: what the others leave over")
+    add("ring_degree", int, "ranks that share the sequence and pass keys and values round")
+    group.add_argument(
+        "--enable-cfg-parallel",
+        action="store_const",
+        const="true",
+        help="two halves of the ranks, for the conditional and the unconditional predictions of guidance",
+    )
+    group.add_argument(
+        "--text-encoder-tp-size", type=int, metavar="SIZE", help="ranks that share the text encoder (default: 1)"
+    )
+    group.add_argument(
+        "--vae-parallel-size", type=int, metavar="SIZE", help="ranks that share the tiles of a picture (default: 1)"
+    )
+    add("vae_tiling", str, "decode in tiles; auto: where several ranks share them", get_args(VaeTiling))
+    add("attention_backend", str, "auto, torch_sdpa, cudnn, flash_attn, sage_attn or flex")
     add("dtype", str, "compute type of the weights", get_args(Dtype))
     add("num_threads", int, "torch threads of a rank on the CPU; 0: the cores divided by the ranks")
     add("max_batch_tokens", int, "tokens (rows x sequence length) in one forward pass at most; 0: measured at start")
@@ -160,13 +179,43 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def _settings(args: argparse.Namespace) -> dict[str, str]:
     """The parameters to set: those that were given, so that the defaults stay in one place, the config.pbtxt files."""
     settings = {name: str(value) for name in _DEFAULTS if (value := getattr(args, name, None)) is not None}
+    given: dict[str, str] = {}
     for item in args.settings:
         name, equals, value = item.partition("=")
         if not equals:
             raise ConfigurationError(f"--set {item!r} must be NAME=VALUE or MODEL.NAME=VALUE")
-        settings[name.strip()] = value
+        given[name.strip()] = value
+    settings = _of_stages(settings, args.text_encoder_tp_size, args.vae_parallel_size) | given
     if "model_path" in settings:
         settings["model_path"] = _absolute_if_folder(settings["model_path"])
+    return settings
+
+
+def _of_stages(settings: dict[str, str], text_tp_size: int | None, vae_size: int | None) -> dict[str, str]:
+    """Parallel degrees are for denoising. The other stages have as many replicas, of ranks of their own number, which
+    run on the first GPUs of each replica.
+    """
+    degrees = {name: settings.pop(name) for name in _DEGREES if name in settings}
+    sizes = {"text_encoding": text_tp_size or 1, "decoding": vae_size or 1}
+    if not degrees and sum(sizes.values()) == len(sizes) and settings.get("dp_size", "0") == "0":
+        return settings
+    placing = {name: settings.pop(name) for name in ("num_gpus", "dp_size", "gpu_device_ids") if name in settings}
+    try:
+        denoising = StageConfig.from_parameters(placing | degrees)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"denoising: {error}") from error
+    settings |= {f"denoising.{name}": value for name, value in (placing | degrees).items()}
+    for model, size in sizes.items():
+        if size < 1 or size > denoising.ranks_per_replica:
+            raise ConfigurationError(
+                f"{model} cannot have {size} ranks a replica: there are {denoising.ranks_per_replica} GPUs in one; "
+                "give more GPUs, or a smaller --text-encoder-tp-size or --vae-parallel-size"
+            )
+        settings[f"{model}.num_gpus"] = str(size * denoising.num_replicas)
+        settings[f"{model}.dp_size"] = str(denoising.num_replicas)
+        settings[f"{model}.gpu_device_ids"] = ";".join(",".join(ids[:size]) for ids in denoising.device_ids())
+    if sizes["text_encoding"] > 1:
+        settings["text_encoding.tp_size"] = str(sizes["text_encoding"])
     return settings
 
 
@@ -179,9 +228,11 @@ def _serve(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.model_repository is None:
         # A checkpoint that cannot be served is better known before a server starts; a hub id is downloaded here.
-        check_checkpoint(open_checkpoint(settings.get("model_path", DEMO)))
+        checkpoint = open_checkpoint(settings.get("model_path", DEMO))
+        check_checkpoint(checkpoint)
         with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
             repository.build_repository(folder, settings, response_cache=args.response_cache is not None)
+            check_parallel(checkpoint, repository.read_stage_configs(Path(folder)))
             return _run_server(args, Path(folder), settings, _COMPLETE, temporary_folders=[folder])
     ineffective = sorted(set(settings) - {"startup_timeout_s"})
     if ineffective:

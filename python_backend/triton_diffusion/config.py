@@ -14,6 +14,12 @@ from triton_diffusion.errors import ConfigurationError, nearest_name_hint
 PolicyName = Literal["fair", "drr", "fifo"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DenoisingLoop = Literal["step_batching", "reference"]
+VaeTiling = Literal["auto", "on", "off"]
+
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+# What the ranks of a group can share, for messages.
+_AXES = {"text_encoding": "tp_size", "decoding": "tiles, by the number of its ranks (num_gpus / dp_size)"}
 
 # Above these a request is surely a mistake, whatever the deployment allows.
 HIGHEST = {
@@ -25,6 +31,34 @@ HIGHEST = {
 }
 
 _Config = TypeVar("_Config", "StageConfig", "ChainConfig", "CancellationConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks of one worker group share a model: the degree of each mesh axis, slowest links first."""
+
+    cfg: int = 1
+    """Parts of a batch on different ranks: the conditional and the unconditional predictions of guidance."""
+    ring: int = 1
+    """Parts of the sequence; keys and values go round."""
+    ulysses: int = 1
+    """Parts of the sequence, exchanged for parts of the attention heads."""
+    tp: int = 1
+    """Parts of the weight matrices."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one worker group."""
+        return self.cfg * self.ring * self.ulysses * self.tp
+
+    @property
+    def sequence(self) -> int:
+        """Parts of the sequence in all."""
+        return self.ring * self.ulysses
+
+    def __str__(self) -> str:
+        degrees = {"cfg": self.cfg, "r": self.ring, "u": self.ulysses, "tp": self.tp}
+        return ".".join(f"{axis}{degree}" for axis, degree in degrees.items() if degree > 1) or "one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +75,19 @@ class StageConfig:
     """Replicas (worker groups) under one scheduler; 0: as gpu_device_ids lists them, else every rank is one."""
     gpu_device_ids: str = ""
     """The GPUs of each replica, "0,1;2,3"; empty takes 0 .. num_gpus - 1 in order."""
+    tp_size: int = 1
+    """Tensor parallelism: ranks that share every weight matrix (denoising: transformer; text_encoding: T5)."""
+    ulysses_degree: int = 0
+    """denoising: ranks that share the sequence and swap it for attention heads; 0: what the other degrees leave over
+    of the ranks of a replica."""
+    ring_degree: int = 1
+    """denoising: ranks that share the sequence and pass keys and values round."""
+    enable_cfg_parallel: bool = False
+    """denoising: two halves of the ranks, for the conditional and the unconditional predictions of guidance."""
+    attention_backend: str = "auto"
+    """denoising: what computes attention (see attention/choice.py); "auto" chooses by device and head size."""
+    vae_tiling: VaeTiling = "auto"
+    """decoding: whether pictures are decoded in overlapping tiles; "auto": where several ranks can share them."""
     num_threads: int = 0
     """Torch threads of a rank on the CPU; 0 divides the cores by the ranks of this stage."""
     max_queue_size: int = 256
@@ -70,8 +117,10 @@ class StageConfig:
     def __post_init__(self) -> None:
         for name in ("max_queue_size", "startup_timeout_s", "priority_ageing_s", "slowdown"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be greater than 0")
-        for name in ("num_gpus", "dp_size", "num_threads", "max_queue_cost", "max_batch_tokens"):
+        for name in ("num_gpus", "dp_size", "num_threads", "max_queue_cost", "max_batch_tokens", "ulysses_degree"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 chooses it")
+        for name in ("tp_size", "ring_degree"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be 1 (off) or more")
         _require(
             self.prompt_cache_bytes >= 0,
             f"prompt_cache_bytes={self.prompt_cache_bytes} must not be negative; 0 keeps nothing",
@@ -87,17 +136,60 @@ class StageConfig:
     @property
     def num_ranks(self) -> int:
         """How many rank processes this stage has."""
-        return self.num_gpus or sum(map(len, self._listed_ids())) or max(1, self.dp_size)
+        return self.num_gpus or sum(map(len, self._listed_ids())) or max(1, self.dp_size) * self._given_ranks
 
     @property
     def num_replicas(self) -> int:
         """How many worker groups this stage has."""
-        return self.dp_size or len(self._listed_ids()) or self.num_ranks
+        return self.dp_size or len(self._listed_ids()) or max(1, self.num_ranks // self._given_ranks)
 
     @property
     def ranks_per_replica(self) -> int:
         """How many ranks a worker group has."""
         return self.num_ranks // self.num_replicas
+
+    @property
+    def _given_ranks(self) -> int:
+        """Ranks of a group as far as degrees say it."""
+        cfg = 2 if self.enable_cfg_parallel else 1
+        return cfg * self.ring_degree * max(1, self.ulysses_degree) * self.tp_size
+
+    def parallel(self, stage_model: str) -> ParallelConfig:
+        """How the ranks of a group of `stage_model` share its model.
+
+        Ranks that no degree names are for the sequence (Ulysses) in denoising and for the matrices in text_encoding;
+        those of decoding share tiles, which is no axis.
+
+        Raises:
+            ConfigurationError: the degrees do not make up the ranks, or the stage has no such axis.
+        """
+        cfg = 2 if self.enable_cfg_parallel else 1
+        size, left = self.ranks_per_replica, self.ranks_per_replica // self._given_ranks
+        if stage_model != "denoising":
+            idle = [
+                f"{name}={getattr(self, name)}"
+                for name, off in (("ulysses_degree", (0, 1)), ("ring_degree", (1,)), ("enable_cfg_parallel", (False,)))
+                if getattr(self, name) not in off
+            ]
+            _require(not idle, f"{', '.join(idle)} is for denoising; {stage_model} has {_AXES[stage_model]}")
+        if stage_model == "decoding":
+            _require(self.tp_size == 1, f"tp_size={self.tp_size}: decoding has {_AXES['decoding']}")
+            return ParallelConfig()
+        if stage_model == "text_encoding":
+            tp = self.tp_size if self.tp_size > 1 else size
+            _require(tp == size, self._mismatch(f"tp_size={self.tp_size}"))
+            return ParallelConfig(tp=tp)
+        ulysses = self.ulysses_degree or max(1, left)
+        parallel = ParallelConfig(cfg=cfg, ring=self.ring_degree, ulysses=ulysses, tp=self.tp_size)
+        degrees = f"cfg={cfg} x ring={self.ring_degree} x ulysses={ulysses} x tp={self.tp_size}"
+        _require(parallel.num_ranks == size, self._mismatch(degrees))
+        return parallel
+
+    def _mismatch(self, degrees: str) -> str:
+        return (
+            f"num_gpus={self.num_ranks} must be dp x cfg x ring x ulysses x tp, and is not dp={self.num_replicas} x "
+            f"{degrees}; change num_gpus, dp_size or a degree"
+        )
 
     @property
     def threads_per_rank(self) -> int:
@@ -110,6 +202,14 @@ class StageConfig:
             self.num_ranks % self.num_replicas == 0,
             f"dp_size={self.dp_size} does not divide num_gpus={self.num_gpus}; "
             "num_gpus is dp_size times the ranks of a replica",
+        )
+        given = self._given_ranks
+        _require(
+            self.ranks_per_replica >= given and self.ranks_per_replica % given == 0,
+            self._mismatch(
+                f"cfg={2 if self.enable_cfg_parallel else 1} x ring={self.ring_degree} x "
+                f"ulysses={max(1, self.ulysses_degree)} x tp={self.tp_size}"
+            ),
         )
         replicas = self._listed_ids()
         if not replicas:
@@ -226,6 +326,9 @@ def _parse(name: str, text: str, expected: Any) -> Any:
     if choices:
         _require(text in choices, f"{name}={text!r} must be one of {', '.join(choices)}")
         return text
+    if expected is bool:
+        _require(text.lower() in _BOOLS, f"{name}={text!r} must be true or false")
+        return _BOOLS[text.lower()]
     try:
         return expected(text)
     except ValueError:

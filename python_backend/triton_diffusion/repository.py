@@ -15,6 +15,7 @@ from tritonclient.grpc import model_config_pb2
 
 from triton_diffusion.config import CancellationConfig, ChainConfig, StageConfig
 from triton_diffusion.errors import ConfigurationError, nearest_name_hint
+from triton_diffusion.runtime.work import STAGE_MODELS
 
 # Written beside the models, so that a later build knows which folders it may replace.
 _MARKER = ".triton-diffusion.json"
@@ -68,6 +69,12 @@ def build_repository(
     return destination
 
 
+def read_stage_configs(folder: Path) -> dict[str, StageConfig]:
+    """The configuration of every stage model in a repository; raises ConfigurationError."""
+    configs = {name: _read(folder / name / "config.pbtxt") for name in STAGE_MODELS}
+    return {name: StageConfig.from_parameters(_parameters(config)) for name, config in configs.items()}
+
+
 def is_built(folder: Path) -> bool:
     """Whether `build_repository` wrote this folder."""
     return (folder / _MARKER).is_file()
@@ -102,11 +109,16 @@ def _set_parameters(configs: Mapping[str, Any], settings: Mapping[str, str]) -> 
 
 def _check(name: str, config: Any) -> None:
     """Find now what the model would find when it is loaded."""
-    parameters = {key: value.string_value for key, value in config.parameters.items()}
     try:
-        _READERS.get(name, StageConfig).from_parameters(parameters)
+        stage_or_chain = _READERS.get(name, StageConfig).from_parameters(_parameters(config))
+        if isinstance(stage_or_chain, StageConfig):
+            stage_or_chain.parallel(name)
     except ConfigurationError as error:
         raise ConfigurationError(f"model {name}: {error}") from error
+
+
+def _parameters(config: Any) -> dict[str, str]:
+    return {key: value.string_value for key, value in config.parameters.items()}
 
 
 def _make_room(destination: Path, models: list[str], *, force: bool) -> None:

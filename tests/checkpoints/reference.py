@@ -15,8 +15,10 @@ from triton_diffusion.request import GenerationRequest
 class Reference:
     """FluxPipeline in float32 on the CPU, asked in the words of our request."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tiling: bool = False) -> None:
         self._pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
+        if tiling:
+            self._pipeline.vae.enable_tiling()
         self._pipeline.set_progress_bar_config(disable=True)
 
     def latents(self, request: GenerationRequest) -> torch.Tensor:

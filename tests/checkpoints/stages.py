@@ -23,6 +23,11 @@ from triton_diffusion.stages.plan import make_plan
 from triton_diffusion.state import read_state
 
 
+def alone() -> RankGroup:
+    """A group of one rank on the CPU."""
+    return RankGroup(rank=0, size=1, device=torch.device("cpu"))
+
+
 class InProcessStages:
     """text_encoding, denoising and decoding of one checkpoint, each a RankExecutor of one rank."""
 
@@ -35,9 +40,8 @@ class InProcessStages:
         for stage_model in STAGE_MODELS:
             names = family.stage_components[stage_model]
             components = load_components(checkpoint, names, dtype=dtype, device=device)
-            group = RankGroup(rank=0, size=1, device=device)
-            plan = make_plan(stage_model, family, components)
-            self.executors[stage_model] = RankExecutor(stage_model, plan, group)
+            plan = make_plan(stage_model, family, components, alone())
+            self.executors[stage_model] = RankExecutor(stage_model, plan, alone())
 
     def admit(self, stage_model: str, request_id: str, blob: bytes) -> None:
         """Hand a state to a stage."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from checkpoints.services import run_service
+from checkpoints.stages import alone
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.families.flux import FAMILY
@@ -43,7 +44,7 @@ class TimedExecutor(RankExecutor):
     """The real stage, with a clock that says what a device would take; more than `memory` rows do not fit."""
 
     def __init__(self, components: Components, seconds: dict[int, float], memory: int = 10**6) -> None:
-        super().__init__("denoising", make_plan("denoising", FAMILY, components), RankGroup(rank=0, size=1, device=CPU))
+        super().__init__("denoising", make_plan("denoising", FAMILY, components, alone()), alone())
         self._seconds = seconds
         self._memory = memory
 
@@ -59,8 +60,7 @@ class TimedExecutor(RankExecutor):
 def calibrate(folder: Path, seconds: dict[int, float], **values: Any) -> Calibration:
     components = components_of(folder, "denoising")
     executor = TimedExecutor(components, seconds, **values)
-    group = RankGroup(rank=0, size=1, device=CPU)
-    calibration = WarmUp("denoising", executor, FAMILY, components, group).calibrate("a device")
+    calibration = WarmUp("denoising", executor, FAMILY, components, alone()).calibrate("a device")
     assert not executor._held, "the warm-up leaves no request behind"
     return calibration
 
@@ -116,12 +116,12 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     write_calibration(tmp_path / "file" / "x.json", Calibration(device="d", max_batch_tokens=5, measurements=[]))
 
 
-def test_another_dtype_or_number_of_threads_is_another_file(flux_checkpoint: Path, cache: Path) -> None:
+def test_another_dtype_number_of_threads_or_layout_is_another_file(flux_checkpoint: Path, cache: Path) -> None:
     paths = {
-        cache_path("decoding", components_of(flux_checkpoint, "decoding", dtype), num_threads=threads, group_size=size)
+        cache_path("decoding", components_of(flux_checkpoint, "decoding", dtype), num_threads=threads, layout=layout)
         for dtype in (torch.float32, torch.bfloat16)
         for threads in (1, 2)
-        for size in (1, 2)
+        for layout in ("one", "u2")
     }
     assert len(paths) == 8
     assert {path.parent for path in paths} == {cache / "calibration"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -61,9 +62,14 @@ def test_flags_become_parameters_of_a_temporary_repository(starts, capsys) -> No
 def test_every_model_flag_is_a_parameter(starts) -> None:
     flags = {
         "--model-path": "demo",
-        "--num-gpus": "4",
+        "--num-gpus": "12",
         "--dp-size": "2",
-        "--gpu-device-ids": "0,1;2,3",
+        "--gpu-device-ids": "0,1,2,3,4,5;6,7,8,9,10,11",
+        "--tp-size": "3",
+        "--ring-degree": "2",
+        "--ulysses-degree": "1",
+        "--attention-backend": "torch_sdpa",
+        "--vae-tiling": "on",
         "--dtype": "bfloat16",
         "--num-threads": "1",
         "--max-batch-tokens": "5",
@@ -86,6 +92,59 @@ def test_every_model_flag_is_a_parameter(starts) -> None:
     serve(*(item for pair in flags.items() for item in pair))
     text = "".join(starts[0]["configs"].values())
     assert all(f'string_value: "{value}"' in text for value in flags.values())
+
+
+def parameter(config: str, name: str) -> str:
+    match = re.search(rf'key: "{name}"\s+value {{\s+string_value: "([^"]*)"', config)
+    assert match is not None, f"{name} is in no config"
+    return match[1]
+
+
+def test_degrees_are_for_denoising_and_the_other_stages_have_a_rank_a_replica(starts) -> None:
+    serve("--num-gpus", "8", "--dp-size", "2", "--ring-degree", "2", "--enable-cfg-parallel")
+    configs = starts[0]["configs"]
+    degrees = ("num_gpus", "dp_size", "ring_degree", "enable_cfg_parallel")
+    assert [parameter(configs["denoising"], name) for name in degrees] == ["8", "2", "2", "true"]
+    for stage in ("text_encoding", "decoding"):
+        placing = [parameter(configs[stage], name) for name in ("num_gpus", "dp_size", "gpu_device_ids")]
+        assert placing == ["2", "2", "0;4"]
+
+
+def test_text_encoder_and_autoencoder_are_shared_by_flags_of_their_own(starts) -> None:
+    sizes = ("--text-encoder-tp-size", "2", "--vae-parallel-size", "3")
+    serve("--gpu-device-ids", "4,5,6", "--ring-degree", "3", *sizes)
+    configs = starts[0]["configs"]
+    assert parameter(configs["text_encoding"], "gpu_device_ids") == "4,5"
+    assert parameter(configs["text_encoding"], "tp_size") == "2"
+    assert parameter(configs["decoding"], "gpu_device_ids") == "4,5,6"
+
+
+def test_degrees_without_a_number_of_gpus_make_one_replica(starts) -> None:
+    serve("--ring-degree", "2", "--enable-cfg-parallel")
+    assert parameter(starts[0]["configs"]["denoising"], "ring_degree") == "2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--num-gpus", "2", "--ulysses-degree", "2"),
+            "ulysses_degree=2 does not divide num_attention_heads=3; use 1, 3",
+        ),
+        (("--tp-size", "2"), "tp_size=2 does not divide num_attention_heads=3; use 1, 3"),
+        (("--num-gpus", "8", "--tp-size", "3"), "num_gpus=8 must be dp x cfg x ring x ulysses x tp"),
+        (("--text-encoder-tp-size", "2"), "text_encoding cannot have 2 ranks a replica: there are 1 GPUs in one"),
+        (("--set", "decoding.tp_size=2"), "'decoding.tp_size' is not known"),
+        (
+            ("--set", "text_encoding.num_gpus=3", "--set", "text_encoding.dp_size=1"),
+            "tp_size=3 does not divide num_heads",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_before_a_server_starts(starts, capsys, flags, message) -> None:
+    assert serve(*flags) == 2
+    assert not starts
+    assert message in capsys.readouterr().err
 
 
 def test_what_follows_two_dashes_goes_to_tritonserver(starts) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checkpoints.requests import make_request
+from checkpoints.stages import alone
 from triton_diffusion.config import ChainConfig
 from triton_diffusion.errors import DiffusionError, InvalidRequestError, StageError
 from triton_diffusion.families.flux import FAMILY
@@ -73,12 +74,12 @@ def components(flux_checkpoint: Path) -> Components:
 
 @pytest.fixture
 def denoising(components: Components) -> StagePlan:
-    return make_plan("denoising", FAMILY, components)
+    return make_plan("denoising", FAMILY, components, alone())
 
 
 def encoded(components: Components, request: StageRequest) -> StageRequest:
     """The request with its prompts encoded, as the denoising stage gets it."""
-    make_plan("text_encoding", FAMILY, components).on_tick([request])
+    make_plan("text_encoding", FAMILY, components, alone()).on_tick([request])
     return StageRequest(request.request_id, request.request, inputs=dict(request.outputs))
 
 
@@ -92,7 +93,7 @@ def prepared(denoising: StagePlan, components: Components, **values: object) -> 
 
 def test_an_unknown_stage_model_has_no_plan(components: Components) -> None:
     with pytest.raises(ValueError, match="'upscaling'"):
-        make_plan("upscaling", FAMILY, components)
+        make_plan("upscaling", FAMILY, components, alone())
 
 
 def test_input_validation_resolves_a_request(flux_checkpoint: Path) -> None:
@@ -131,7 +132,7 @@ def test_tokens_of_a_row_are_its_text_and_its_patches(
 
 def test_text_encoding_leaves_finite_embeddings_of_the_asked_length(components: Components) -> None:
     item = StageRequest("r", make_request(max_sequence_length=11, guidance_scale=2.0), inputs={})
-    make_plan("text_encoding", FAMILY, components).on_tick([item])
+    make_plan("text_encoding", FAMILY, components, alone()).on_tick([item])
     assert {name: tuple(tensor.shape) for name, tensor in item.outputs.items()} == {
         "prompt_embeds": (1, 11, 32),
         "pooled_prompt_embeds": (1, 32),
@@ -146,7 +147,9 @@ def test_text_encoding_refuses_embeddings_that_are_not_finite(components: Compon
     try:
         weight.fill_(float("nan"))
         with pytest.raises(StageError, match="'prompt_embeds' is not finite"):
-            make_plan("text_encoding", FAMILY, components).on_tick([StageRequest("r", make_request(), inputs={})])
+            make_plan("text_encoding", FAMILY, components, alone()).on_tick(
+                [StageRequest("r", make_request(), inputs={})]
+            )
     finally:
         weight.copy_(kept)
 
@@ -216,7 +219,7 @@ def step_row(denoising: StagePlan, row: DenoiseRow) -> None:
 def test_decoding_demands_latents(components: Components) -> None:
     item = StageRequest("r", make_request(), inputs={"prompt_embeds": torch.zeros(1)})
     with pytest.raises(DiffusionError, match=r"'latents' is missing; the state has \['prompt_embeds'\]"):
-        make_plan("decoding", FAMILY, components).on_tick([item])
+        make_plan("decoding", FAMILY, components, alone()).on_tick([item])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_raw_pictures_leave_the_stage_only_where_they_were_asked_for(
 ) -> None:
     request = make_request(output_format=output_format, num_outputs=2)
     item = StageRequest("r", request, inputs={"latents": torch.randn(2, 64, 16)})
-    stage = make_plan("decoding", FAMILY, components).on_tick
+    stage = make_plan("decoding", FAMILY, components, alone()).on_tick
     stage([item])
     stage.collect(item)
     assert item.outputs.keys() == names

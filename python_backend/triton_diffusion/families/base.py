@@ -1,9 +1,10 @@
-"""What every model family provides: one torch-free description and three modules of plain functions.
+"""What every model family provides: one torch-free description and four modules of plain functions.
 
 families/<name>/__init__.py   FAMILY: the description, readable without torch
 families/<name>/encode.py     encode_prompts(...), cache_key(...)
 families/<name>/denoise.py    prepare_schedule(...), prepare_latents(...), shared_inputs(...), predict(...)
 families/<name>/decode.py     decode(...)
+families/<name>/parallelize.py  tensor_plans(...), sequence_plan(...)
 
 denoise.py and decode.py also have example_inputs(...), for warm-up.
 """
@@ -16,12 +17,16 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+from triton_diffusion.config import ParallelConfig
+from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.loading.checkpoint import Checkpoint
 from triton_diffusion.request import GenerationRequest, RequestDefaults
 
 if TYPE_CHECKING:
     import torch
 
+    from triton_diffusion.distributed.sequence import SequencePlan
+    from triton_diffusion.distributed.tensor_parallel import TensorPlan
     from triton_diffusion.loading.components import Components
 
 
@@ -54,6 +59,34 @@ class ModelFamily(ABC):
             return f"{request.height}x{request.width}"
         return f"{request.height}x{request.width}+{request.max_sequence_length}"
 
+    has_true_guidance: ClassVar[bool] = True
+    """Whether requests can have an unconditional prediction beside the conditional one (CFG)."""
+
+    @abstractmethod
+    def head_counts(self, stage_model: str, checkpoint: Checkpoint) -> Mapping[str, int]:
+        """By their names in the configuration: numbers that tp_size must divide, attention heads first; empty where
+        the stage's models cannot be divided.
+        """
+
+    def check_parallel(self, stage_model: str, checkpoint: Checkpoint, parallel: ParallelConfig) -> None:
+        """Raise ConfigurationError, with the degrees that work, if the checkpoint cannot be shared like this."""
+        if stage_model == "decoding":
+            return
+        numbers = self.head_counts(stage_model, checkpoint)
+        if not numbers and parallel.tp * parallel.sequence > 1:
+            raise ConfigurationError(
+                f"{parallel}: {stage_model} of {checkpoint.pipeline_class} has no tensor or sequence parallelism; "
+                "use dp_size or enable_cfg_parallel for more GPUs"
+            )
+        check_degree("tp_size", parallel.tp, numbers)
+        if parallel.ulysses > 1:
+            heads, count = next(iter(numbers.items()))
+            each = f"{heads} / tp_size" if parallel.tp > 1 else heads
+            try:
+                check_degree("ulysses_degree", parallel.ulysses, {each: count // parallel.tp})
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{error}; or ring_degree, which needs no heads") from None
+
     @property
     def encode(self) -> EncodeModule:
         """families/<name>/encode.py."""
@@ -69,8 +102,22 @@ class ModelFamily(ABC):
         """families/<name>/decode.py."""
         return cast(DecodeModule, self._module("decode"))
 
+    @property
+    def parallelize(self) -> ParallelizeModule:
+        """families/<name>/parallelize.py."""
+        return cast(ParallelizeModule, self._module("parallelize"))
+
     def _module(self, name: str) -> Any:
         return importlib.import_module(f"triton_diffusion.families.{self.name}.{name}")
+
+
+def check_degree(name: str, degree: int, numbers: Mapping[str, int]) -> None:
+    """Raise ConfigurationError, with the degrees that work, unless `degree` divides every number."""
+    wrong = [f"{what}={number}" for what, number in numbers.items() if number % degree]
+    if wrong:
+        highest = min(numbers.values())
+        working = [str(d) for d in range(1, highest + 1) if all(number % d == 0 for number in numbers.values())]
+        raise ConfigurationError(f"{name}={degree} does not divide {' and '.join(wrong)}; use {', '.join(working)}")
 
 
 @dataclass(frozen=True)
@@ -136,3 +183,13 @@ class DecodeModule(Protocol):
 
     def decode(self, components: Components, latents: torch.Tensor, request: GenerationRequest) -> torch.Tensor:
         """Pictures of a batch of latents (B, S, C): uint8 (B, H, W, 3) on the CPU."""
+
+
+class ParallelizeModule(Protocol):
+    """families/<name>/parallelize.py."""
+
+    def tensor_plans(self, checkpoint: Checkpoint) -> Mapping[str, TensorPlan]:
+        """How tensor parallelism divides each component that it divides."""
+
+    def sequence_plan(self, transformer: Any) -> SequencePlan:
+        """Where the transformer's sequence is cut and put together."""

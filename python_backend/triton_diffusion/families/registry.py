@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from triton_diffusion.config import StageConfig
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families import flux
 from triton_diffusion.families.base import ModelFamily
@@ -20,6 +23,17 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
         f"{checkpoint.path} is a checkpoint of {checkpoint.pipeline_class}, which no family here serves; "
         f"known ones are {known}"
     )
+
+
+def check_parallel(checkpoint: Checkpoint, configs: Mapping[str, StageConfig]) -> None:
+    """Find out from its files alone whether the ranks of each stage model can share a checkpoint's components.
+
+    Raises:
+        ConfigurationError: with the degrees that would work.
+    """
+    family = find_family(checkpoint)
+    for stage_model, config in configs.items():
+        family.check_parallel(stage_model, checkpoint, config.parallel(stage_model))
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:

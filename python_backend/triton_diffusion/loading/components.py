@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from safetensors import safe_open
 
+from triton_diffusion.distributed.mesh import Axis
+from triton_diffusion.distributed.tensor_parallel import TensorPlan, add_communication, local_slice, shard_specs
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.loading.checkpoint import Checkpoint
 
@@ -32,11 +37,18 @@ class Components:
 
 
 def load_components(
-    checkpoint: Checkpoint, names: Sequence[str], *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor_plans: Mapping[str, TensorPlan] | None = None,
+    tp: Axis | None = None,
 ) -> Components:
     """Load `names` of `checkpoint`, with one log line each.
 
-    Every rank calls this; each reads the files itself (the page cache serves the second reader).
+    Every rank calls this; each reads the files itself (the page cache serves the second reader). Where `tp` has several
+    ranks, a component with a tensor plan is divided among them, and each rank reads its slices only.
 
     Raises:
         ConfigurationError: a component is missing, has only pickled weights, or its class is not installed.
@@ -44,7 +56,11 @@ def load_components(
     loaded: dict[str, Any] = {}
     for index, name in enumerate(names, 1):
         started = time.monotonic()
-        loaded[name] = _load_component(checkpoint, name, dtype, device)
+        plan = (tensor_plans or {}).get(name)
+        if plan is not None and tp is not None and tp.degree > 1:
+            loaded[name] = _load_slices(checkpoint, name, dtype, device, plan, tp)
+        else:
+            loaded[name] = _load_component(checkpoint, name, dtype, device)
         size_mib = _size_bytes(loaded[name]) / 2**20
         logger.info(
             "loaded %s (%d of %d, %.1f MiB) in %.1f s", name, index, len(names), size_mib, time.monotonic() - started
@@ -66,6 +82,61 @@ def _load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, devic
         device_map={"": str(device)},
     )
     return module.eval().requires_grad_(False)
+
+
+def _load_slices(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device, plan: TensorPlan, tp: Axis
+) -> torch.nn.Module:
+    """Load the slices of this rank: the component is built without weights, then filled from the files."""
+    component_class: Any = _find_class(checkpoint, name)
+    path = checkpoint.component_path(name)
+    checkpoint.require_safetensors(name)
+    module: torch.nn.Module
+    with init_empty_weights(include_buffers=False):
+        if issubclass(component_class, ModelMixin):
+            module = component_class.from_config(component_class.load_config(path))
+        else:
+            module = component_class(component_class.config_class.from_pretrained(path))
+    specs = shard_specs(module, plan, tp.degree)
+    # As from_pretrained does: diffusers keeps these whole in every type, transformers in float16 alone.
+    keeps = issubclass(component_class, ModelMixin) or dtype == torch.float16
+    in_float32 = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if keeps else set()
+    unknown: list[str] = []
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118, it is no dict
+                part = tensors.get_slice(key)
+                part = local_slice(part, specs[key], tp) if key in specs else part[:]
+                if part.is_floating_point():
+                    part = part.to(torch.float32 if in_float32 & set(key.split(".")) else dtype)
+                # load_state_dict would refuse the slices for their shape.
+                unknown += _put(module, key, part.to(device))
+    if tie := getattr(module, "tie_weights", None):
+        tie()
+    left = sorted(key for key, tensor in module.named_parameters() if tensor.is_meta)
+    if left or unknown:
+        raise ConfigurationError(
+            f"the weights in {path} do not fit {component_class.__name__}: "
+            f"missing {left or 'none'}, not known {unknown or 'none'}; copy the whole checkpoint"
+        )
+    add_communication(module, plan, tp)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _put(module: torch.nn.Module, key: str, tensor: torch.Tensor) -> list[str]:
+    """Make a tensor the parameter or buffer `key`; returns the key if there is none of that name."""
+    path, _, name = key.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return [key]
+    if name in owner._parameters:
+        owner._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+    elif name in owner._buffers:
+        owner._buffers[name] = tensor
+    else:
+        return [key]
+    return []
 
 
 def _find_class(checkpoint: Checkpoint, name: str) -> type[Any]:

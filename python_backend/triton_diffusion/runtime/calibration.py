@@ -185,7 +185,7 @@ def _speed(measurement: tuple[int, float]) -> float:
 # The file.
 
 
-def cache_path(stage_model: str, components: Components, *, num_threads: int, group_size: int) -> Path:
+def cache_path(stage_model: str, components: Components, *, num_threads: int, layout: str) -> Path:
     """Where the calibration of a stage is kept: the name changes with all that its speed depends on."""
     checkpoint = components.checkpoint
     modules = {name: part for name, part in components.loaded.items() if isinstance(part, torch.nn.Module)}
@@ -196,7 +196,7 @@ def cache_path(stage_model: str, components: Components, *, num_threads: int, gr
         "dtype": str(components.dtype),
         "device": device_name(components.device),
         "threads": num_threads if components.device.type == "cpu" else 0,
-        "ranks": group_size,
+        "layout": layout,
         "versions": [version(name) for name in ("torch", "diffusers", "transformers")],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

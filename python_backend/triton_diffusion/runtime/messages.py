@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from triton_diffusion.config import ParallelConfig, VaeTiling
+
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Base of all messages."""
@@ -105,6 +107,11 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     warmup_sizes: list[tuple[int, int]] | None
     """(height, width); None for the checkpoint's default size."""
     prompt_cache_bytes: int
+    parallel: ParallelConfig
+    attention_backend: str
+    vae_tiling: VaeTiling
+    turns_folder: str
+    """Where groups on the same cores take turns (Turns); empty: they do not."""
     run_dir: str
     endpoint: str
     """ZMQ endpoint of the service; rank 0 connects to it."""

@@ -26,6 +26,8 @@ import zmq
 from torch._C._distributed_c10d import Store, TCPStore
 
 from triton_diffusion.distributed.group import RankGroup
+from triton_diffusion.distributed.tiles import share_tiles
+from triton_diffusion.distributed.transformer import prepare_transformer
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.families.registry import find_family
@@ -52,6 +54,7 @@ from triton_diffusion.runtime.messages import (
     Shutdown,
 )
 from triton_diffusion.runtime.rank_executor import RankExecutor
+from triton_diffusion.runtime.turns import Turns
 from triton_diffusion.stages.plan import make_plan
 
 logger = logging.getLogger(__name__)
@@ -76,11 +79,12 @@ def main() -> int:
         if channel is not None:
             channel.send(GroupFailed(message=missing))
         return 1
-    group = RankGroup(rank=launch.rank, size=launch.group_size, device=device, store=_rendezvous(launch))
+    store = _rendezvous(launch)
+    group = RankGroup(rank=launch.rank, size=launch.group_size, device=device, store=store, parallel=launch.parallel)
     executor = _load(launch, group, channel)
     if executor is None:
         return 1
-    _serve(executor, group, channel)
+    _serve(executor, group, channel, Turns(launch.turns_folder))
     group.close()
     return 0
 
@@ -194,13 +198,24 @@ def _on_all_ranks(group: RankGroup, run: Callable[[], _Result]) -> _Result:
 def _load_stage(launch: RankLaunch, group: RankGroup) -> _Stage:
     checkpoint = open_checkpoint(launch.model_path)
     family = find_family(checkpoint)
+    tp = group.mesh.tp
     components = load_components(
         checkpoint,
         family.stage_components[launch.stage_model],
         dtype=choose_dtype(launch.dtype, group.device),
         device=group.device,
+        tensor_plans=family.parallelize.tensor_plans(checkpoint) if tp.degree > 1 else {},
+        tp=tp,
     )
-    plan = make_plan(launch.stage_model, family, components, prompt_cache_bytes=launch.prompt_cache_bytes)
+    if launch.stage_model == "denoising":
+        transformer = components["transformer"]
+        sequence_plan = family.parallelize.sequence_plan(transformer)
+        prepare_transformer(transformer, sequence_plan, group.mesh, launch.attention_backend)
+        if launch.parallel.cfg > 1 and not family.has_true_guidance:
+            logger.warning("%s has no unconditional prediction: enable_cfg_parallel divides batches only", family.name)
+    if launch.stage_model == "decoding":
+        share_tiles(components["vae"], group, launch.vae_tiling)
+    plan = make_plan(launch.stage_model, family, components, group, prompt_cache_bytes=launch.prompt_cache_bytes)
     return _Stage(RankExecutor(launch.stage_model, plan, group), family, components)
 
 
@@ -210,7 +225,8 @@ def _prepare(launch: RankLaunch, stage: _Stage, group: RankGroup) -> Calibration
     An exception is the same on every rank too: what a tick fails with, the ranks have agreed on.
     """
     device = device_name(group.device)
-    path = cache_path(launch.stage_model, stage.components, num_threads=launch.num_threads, group_size=group.size)
+    layout = f"{group.size} ranks, {launch.parallel}, attention {launch.attention_backend}, tiles {launch.vae_tiling}"
+    path = cache_path(launch.stage_model, stage.components, num_threads=launch.num_threads, layout=layout)
     # Rank 0's file decides: the others may have none.
     known = read_calibration(path) if group.is_main else None
     known = msgspec.json.decode(
@@ -252,17 +268,20 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _serve(executor: RankExecutor, group: RankGroup, channel: _ServiceChannel | None) -> None:
+def _serve(executor: RankExecutor, group: RankGroup, channel: _ServiceChannel | None, turns: Turns) -> None:
     """Do what rank 0 hears, on all ranks, until Shutdown."""
     while True:
         data = group.broadcast_bytes(channel.receive() if channel else None)
         match messages.decode_to_ranks(data):
             case AdmitRequest() as message:
                 executor.admit(message)
+            case RunTick() as tick if channel:
+                # The other ranks go with rank 0.
+                with turns.take():
+                    done = executor.run(tick)
+                channel.send(done)
             case RunTick() as tick:
-                done = executor.run(tick)
-                if channel:
-                    channel.send(done)
+                executor.run(tick)
             case DropRequest(request_id=request_id):
                 executor.drop(request_id)
             case Shutdown():

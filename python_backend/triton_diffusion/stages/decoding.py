@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from triton_diffusion.distributed.tiles import SharedTiles
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.components import Components
 from triton_diffusion.media import encode_picture
@@ -44,7 +45,7 @@ class DecodingStage(TickStage[StageRequest]):
         components = self._components
         latents = torch.cat([item.inputs["latents"] for item in batch]).to(components.device, components.dtype)
         parts = latents.split(self._pictures_per_pass(batch[0].request) or len(latents))
-        pictures = torch.cat([self._decode.decode(components, part, batch[0].request) for part in parts])
+        pictures = torch.cat([self._decode_part(part, batch[0].request) for part in parts])
         start = 0
         for item in batch:
             end = start + item.inputs["latents"].shape[0]
@@ -63,6 +64,13 @@ class DecodingStage(TickStage[StageRequest]):
         files = self._threads.map(encode, request.outputs.pop("pictures").numpy())
         for index, data in enumerate(files):
             request.outputs[f"media.{index}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def _decode_part(self, latents: torch.Tensor, request: GenerationRequest) -> torch.Tensor:
+        def decode() -> torch.Tensor:
+            return self._decode.decode(self._components, latents, request)
+
+        decoder = self._components["vae"].decoder
+        return decoder.run(decode) if isinstance(decoder, SharedTiles) else decode()
 
     def _pictures_per_pass(self, request: GenerationRequest) -> int | None:
         if self._max_batch_tokens is None:

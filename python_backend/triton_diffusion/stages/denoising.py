@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from triton_diffusion.distributed.cfg import cfg_share, run_cfg_parallel
+from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import StageError
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.components import Components
@@ -15,23 +17,36 @@ from triton_diffusion.stages.base import DenoiseRow, StageParallelism, StageRequ
 
 @dataclass(frozen=True)
 class _Batch:
-    """The conditioning of some rows, stacked; it stays the same until a row joins or leaves."""
+    """Some rows and the predictions they need; it stays the same until a row joins or leaves."""
 
     rows: tuple[DenoiseRow, ...]
     guided: list[int]
     """Positions of the rows that need an unconditional prediction; those follow behind the conditional ones."""
+    own: slice
+    """Which of the predictions this rank makes: all of them, unless the cfg axis has several ranks."""
     conditioning: dict[str, torch.Tensor]
+    """Of its own predictions, stacked."""
+
+    @property
+    def predicted(self) -> list[DenoiseRow]:
+        """The row of every prediction."""
+        return [*self.rows, *(self.rows[index] for index in self.guided)]
 
 
 class DenoisingStage(TickStage[DenoiseRow]):
-    """The forward pass is shared; guidance, noise schedule and step number belong to the row."""
+    """The forward pass is shared; guidance, noise schedule and step number belong to the row.
+
+    Ranks of the cfg axis make a part of the predictions each: the conditional and the unconditional one of a guided
+    row, or, with several rows, as many of whatever kind; so rows without guidance keep all ranks busy, too.
+    """
 
     name = "denoising"
     parallelism = StageParallelism.CFG_PARALLEL
 
-    def __init__(self, family: ModelFamily, components: Components) -> None:
+    def __init__(self, family: ModelFamily, components: Components, group: RankGroup) -> None:
         self._denoise = family.denoise
         self._components = components
+        self._group = group
         self.forget()
 
     def items(self, request: StageRequest, row: int) -> DenoiseRow:
@@ -46,20 +61,29 @@ class DenoisingStage(TickStage[DenoiseRow]):
     def forward(self, batch: Sequence[DenoiseRow]) -> None:
         """Set `prediction` of every row, guidance mixed in."""
         stacked = self._stack(batch)
-        rows = [*batch, *(batch[index] for index in stacked.guided)]
-        predictions = self._denoise.predict(
-            self._components,
-            _concatenate([row.latents for row in rows]),
-            torch.stack([row.timesteps[row.step] for row in rows]),
-            stacked.conditioning,
-            batch[0].shared,
-        )
+        predictions = run_cfg_parallel(self._group, len(stacked.predicted), lambda: self._predict(stacked))
+        if predictions is None:
+            return
         for index, row in enumerate(batch):
             row.prediction = predictions[index : index + 1]
         for index, row_index in enumerate(stacked.guided, len(batch)):
             row, unconditional = batch[row_index], predictions[index : index + 1]
             assert row.prediction is not None
             row.prediction = unconditional + row.guidance_scale * (row.prediction - unconditional)
+
+    def _predict(self, batch: _Batch) -> torch.Tensor:
+        """The predictions (n, S, C) of this rank; n may be 0."""
+        rows = batch.predicted[batch.own]
+        if not rows:
+            latents = batch.rows[0].latents
+            return latents.new_empty(0, *latents.shape[1:])
+        return self._denoise.predict(
+            self._components,
+            _concatenate([row.latents for row in rows]),
+            torch.stack([row.timesteps[row.step] for row in rows]),
+            batch.conditioning,
+            rows[0].shared,
+        )
 
     def commit(self, batch: Sequence[DenoiseRow]) -> None:
         """Take the step: the noise scheduler of each row moves its latents on."""
@@ -74,7 +98,7 @@ class DenoisingStage(TickStage[DenoiseRow]):
 
     def forget(self) -> None:
         """Drop the rows of the last batch."""
-        self._last_batch = _Batch((), [], {})
+        self._last_batch = _Batch((), [], slice(0), {})
 
     def collect(self, request: StageRequest) -> None:
         """Outputs: latents (num_outputs, S, C)."""
@@ -99,8 +123,9 @@ class DenoisingStage(TickStage[DenoiseRow]):
         guided = [index for index, row in enumerate(batch) if row.negative_conditioning is not None]
         parts = [row.conditioning for row in batch]
         parts += [negative for row in batch if (negative := row.negative_conditioning) is not None]
-        conditioning = {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
-        self._last_batch = _Batch(tuple(batch), guided, conditioning)
+        own = cfg_share(self._group, len(parts))
+        conditioning = {name: _concatenate([part[name] for part in parts[own]]) for name in parts[0] if parts[own]}
+        self._last_batch = _Batch(tuple(batch), guided, own, conditioning)
         return self._last_batch
 
 

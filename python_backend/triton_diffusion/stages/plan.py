@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.components import Components
 from triton_diffusion.stages.base import PipelineStage, StageRequest, TickStage
@@ -28,7 +29,7 @@ class StagePlan:
 
 
 def make_plan(
-    stage_model: str, family: ModelFamily, components: Components, *, prompt_cache_bytes: int = 0
+    stage_model: str, family: ModelFamily, components: Components, group: RankGroup, *, prompt_cache_bytes: int = 0
 ) -> StagePlan:
     """The plan of the stage model "text_encoding", "denoising" or "decoding"."""
     match stage_model:
@@ -41,7 +42,7 @@ def make_plan(
                     TimestepPreparationStage(family, components),
                     LatentPreparationStage(family, components),
                 ),
-                DenoisingStage(family, components),
+                DenoisingStage(family, components, group),
             )
         case "decoding":
             return StagePlan((), DecodingStage(family, components))

@@ -28,7 +28,7 @@ from triton_diffusion.config import StageConfig
 _SIDES = ("ours", *BASELINES, "limit")
 _WORKLOADS = {
     "closed-loop": "pictures/s of 1, 4 and 16 clients",
-    "open-loop": "random arrivals at 80 % of the monolith's capacity, 4 to 50 steps",
+    "open-loop": "random arrivals at 80 %% of the monolith's capacity, 4 to 50 steps",
     "short-behind-long": "4 steps behind eight requests of 50",
     "cancel-storm": "a third of the requests of 16 clients cancelled",
     "saturation": "where the processor's time goes at 16 clients",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from triton_diffusion.families.base import ModelFamily
@@ -58,6 +59,12 @@ class FluxFamily(ModelFamily):
         """2 x 2 patches of the latents."""
         size = pixels_per_token(checkpoint)
         return (request.height // size) * (request.width // size)
+
+    def head_counts(self, stage_model: str, checkpoint: Checkpoint) -> Mapping[str, int]:
+        """Heads of the transformer; heads and feed-forward of T5 (CLIP is small and stays whole)."""
+        if stage_model == "denoising":
+            return {"num_attention_heads": checkpoint.setting("transformer", "num_attention_heads")}
+        return {name: checkpoint.setting("text_encoder_2", name) for name in ("num_heads", "d_ff")}
 
 
 FAMILY = FluxFamily()

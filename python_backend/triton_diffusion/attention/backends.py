@@ -1,0 +1,265 @@
+"""The attention backends: one function each, all with the same arguments and results.
+
+attend(query, key, value, mask, scale) -> output, log_sum_exp
+
+query: (B, Sq, H, D). key, value: (B, Sk, H, D), in the same dtype; strides are free, but for the last dimension.
+mask: None, or additive over the keys, (B, 1, 1, Sk) in the query's dtype. scale: None for 1 / sqrt(D).
+output: (B, Sq, H, D). log_sum_exp: (B, Sq, H) float32, the natural logarithm of the softmax's denominator, by which
+attention over parts of the keys is merged (Milakov and Gimelshein 2018, arXiv:1805.02867); None unless asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+Attended = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Attend(Protocol):
+    """The function of a backend."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        *,
+        with_lse: bool,
+    ) -> Attended:
+        """See the top of this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBackend:
+    """One way to compute attention, and what it needs."""
+
+    name: str
+    attend: Attend
+    takes_mask: bool
+    gives_lse: bool
+    """Without the log-sum-exp there is no ring: parts of the keys cannot be merged."""
+    needs_cuda: bool = True
+    half_only: bool = True
+    """Computes in bfloat16 and float16 only."""
+    max_head_dim: int = 256
+    packages: tuple[tuple[str, str], ...] = ()
+    """(module to import, what to install for it); one of them is enough."""
+
+    def missing(self) -> str | None:
+        """What has to be installed, or None."""
+        if not self.packages or any(_is_installed(module) for module, _ in self.packages):
+            return None
+        return " or ".join(f"`pip install {package}`" for _, package in self.packages)
+
+
+def _torch_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    *,
+    with_lse: bool,
+) -> Attended:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    if not with_lse:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2), None
+    # F.scaled_dot_product_attention keeps the log-sum-exp to itself; the kernels under it do not.
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    elif mask is None and query.dtype != torch.float32 and query.shape[-1] % 8 == 0:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    else:
+        bias = None if mask is None else _aligned_bias(mask, q.shape[1], q.shape[2])
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
+        # This kernel pads the queries.
+        lse = lse[:, :, : q.shape[2]]
+    return out.transpose(1, 2), lse.transpose(1, 2).float()
+
+
+def _cudnn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    *,
+    with_lse: bool,
+) -> Attended:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, with_lse, scale=scale)[:2]
+    if not with_lse:
+        return out.transpose(1, 2), None
+    # (B, H, Sq) or, in newer versions, (B, H, Sq, 1).
+    return out.transpose(1, 2), lse.reshape(out.shape[:3]).transpose(1, 2).float()
+
+
+def _flash_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    *,
+    with_lse: bool,
+) -> Attended:
+    assert mask is None
+    version = flash_attn_version(query.device)
+    if version == 4:
+        out, lse = _function("flash_attn.cute", "flash_attn_func")(query, key, value, softmax_scale=scale)
+    elif version == 3:
+        flash_attn_3 = _function("flash_attn_interface", "flash_attn_func")
+        out, lse = flash_attn_3(query, key, value, softmax_scale=scale, return_attn_probs=True)[:2]
+    else:
+        flash_attn_2 = _function("flash_attn", "flash_attn_func")
+        out, lse = flash_attn_2(query, key, value, softmax_scale=scale, return_attn_probs=True)[:2]
+    return out, lse.transpose(1, 2).float() if with_lse else None
+
+
+def flash_attn_version(device: torch.device) -> int | None:
+    """The newest FlashAttention that is installed and made for this GPU: 4 (Blackwell), 3 (Hopper) or 2; else None."""
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if capability >= 10 and _is_installed("flash_attn.cute"):
+        return 4
+    if capability == 9 and _is_installed("flash_attn_interface"):
+        return 3
+    return 2 if capability >= 8 and _is_installed("flash_attn.flash_attn_interface") else None
+
+
+def _sage_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    *,
+    with_lse: bool,
+) -> Attended:
+    assert mask is None
+    sage = _function("sageattention", "sageattn")
+    result = sage(query, key, value, tensor_layout="NHD", sm_scale=scale, return_lse=with_lse)
+    return (result[0], result[1].transpose(1, 2).float()) if with_lse else (result, None)
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    *,
+    with_lse: bool,
+) -> Attended:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    def add_mask(
+        score: torch.Tensor, row: torch.Tensor, _: torch.Tensor, __: torch.Tensor, key_at: torch.Tensor
+    ) -> torch.Tensor:
+        assert mask is not None
+        return score + mask[row, 0, 0, key_at]
+
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    out, aux = _flex_kernel(query.device)(
+        q, k, v, score_mod=None if mask is None else add_mask, scale=scale, return_aux=AuxRequest(lse=with_lse)
+    )
+    return out.transpose(1, 2), aux.lse.transpose(1, 2).float() if with_lse else None
+
+
+def _flex_kernel(device: torch.device) -> Any:
+    """Compiled for a GPU; on the CPU as it is, slow, since a compiler may be missing."""
+    from torch.nn.attention import flex_attention
+
+    if device.type == "cpu":
+        return flex_attention.flex_attention
+    if "flex" not in _compiled:
+        _compiled["flex"] = torch.compile(flex_attention.flex_attention)
+    return _compiled["flex"]
+
+
+_compiled: dict[str, Callable[..., Any]] = {}
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        AttentionBackend(
+            name="torch_sdpa",
+            attend=_torch_sdpa,
+            takes_mask=True,
+            gives_lse=True,
+            needs_cuda=False,
+            half_only=False,
+            max_head_dim=4096,
+        ),
+        AttentionBackend(name="cudnn", attend=_cudnn, takes_mask=True, gives_lse=True),
+        AttentionBackend(
+            name="flash_attn",
+            attend=_flash_attn,
+            takes_mask=False,
+            gives_lse=True,
+            packages=(
+                ("flash_attn", "flash-attn --no-build-isolation"),
+                ("flash_attn_interface", "flash-attn-3"),
+            ),
+        ),
+        AttentionBackend(
+            name="sage_attn",
+            attend=_sage_attn,
+            takes_mask=False,
+            gives_lse=True,
+            max_head_dim=128,
+            packages=(("sageattention", "sageattention"),),
+        ),
+        AttentionBackend(name="flex", attend=_flex, takes_mask=True, gives_lse=True, needs_cuda=False, half_only=False),
+    )
+}
+
+
+def key_mask(mask: torch.Tensor | None, num_keys: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as backends take it, additive (B, 1, 1, Sk), from the forms that diffusers models use.
+
+    mask: boolean (True: look at the key) or additive, (B, Sk) or (B, 1, 1, Sk).
+
+    What is masked gets half of the lowest number rather than minus infinity: the softmax over a part of the keys of
+    which none counts then still is a number, and its share in the whole is zero.
+
+    Raises:
+        ValueError: another shape; a mask that is not the same for all queries cannot be split with the sequence.
+    """
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    if mask.ndim != 4 or mask.shape[1:] != (1, 1, num_keys):
+        raise ValueError(f"an attention mask of shape {list(mask.shape)} is not one over {num_keys} keys")
+    lowest = torch.finfo(dtype).min / 2
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
+    return mask.to(dtype).clamp(min=lowest)
+
+
+def _aligned_bias(mask: torch.Tensor, heads: int, queries: int) -> torch.Tensor:
+    """(B, H, Sq, Sk) without a copy a head; the rows that the kernel reads must start at multiples of 16 bytes."""
+    keys = mask.shape[-1]
+    padded = F.pad(mask, (0, -keys % 8))
+    return padded.expand(-1, heads, queries, -1)[..., :keys]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _function(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
