@@ -7,11 +7,11 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import footprint, overhead, parity, serving
+from benchmarks import footprint, overhead, parity, scaling, serving
 from benchmarks.report import print_report, write_json
 from triton_diffusion.errors import ConfigurationError
 
-_BENCHMARKS = {"overhead": overhead, "footprint": footprint, "parity": parity, "serving": serving}
+_BENCHMARKS = {"overhead": overhead, "footprint": footprint, "parity": parity, "scaling": scaling, "serving": serving}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 Pictures of several sizes and step counts, one after the other and eight at a time, where requests at different steps
 share a batch; then the latents as the stages hand them on, without Triton in between.
+
+Then layouts: a FLUX with random weights over several ranks against itself on one, latents, weights and traffic.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from safetensors.numpy import load
 from tqdm import tqdm
 
 from benchmarks.in_process import InProcessPipeline, Setup
+from benchmarks.layouts.parity import measure_layouts
 from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length, request_defaults
 from benchmarks.report import Figure, Report, describe_machine
 from benchmarks.running import running_server
@@ -36,12 +39,22 @@ _DTYPE: Final = "float32"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
     parser.add_argument("--clients", type=int, default=8, help="requests at a time (default: %(default)s)")
+    parser.add_argument("--only", choices=["pictures", "layouts"], help="one of the two sections (default: both)")
 
 
 def measure(args: argparse.Namespace) -> Report:
-    """Draw every picture on both sides, and compare."""
-    model_path = absolute_model_path(args.model_path)
-    config = StageConfig(model_path=model_path, dtype=_DTYPE)
+    """Draw every picture on both sides, and compare; then do so with the latents of every layout."""
+    config = StageConfig(model_path=absolute_model_path(args.model_path), dtype=_DTYPE)
+    figures: list[Figure] = []
+    if args.only != "layouts":
+        figures += _measure_pictures(args, config)
+    if args.only != "pictures":
+        figures += measure_layouts()
+    return Report(machine=describe_machine(dtype=_DTYPE, num_threads=config.threads_per_rank), figures=figures)
+
+
+def _measure_pictures(args: argparse.Namespace, config: StageConfig) -> list[Figure]:
+    model_path = config.model_path
     one_by_one = _different_pictures(model_path)
     at_once = _different_step_counts(model_path, args.clients)
     setup = Setup(
@@ -74,8 +87,7 @@ def measure(args: argparse.Namespace) -> Report:
         _latents_figure("latents, alone", latents_alone, expected_latents),
         _latents_figure(f"latents, {together}", latents_together, expected_latents),
     ]
-    machine = describe_machine(dtype=_DTYPE, num_threads=config.threads_per_rank)
-    return Report(machine=machine, figures=figures)
+    return figures
 
 
 def _different_pictures(model_path: str) -> list[PictureRequest]:

@@ -23,12 +23,10 @@ from numpy.typing import NDArray
 from simulation.cost_table import CostTable
 from simulation.workload import Chunk, Workload, tokens_of
 from triton_diffusion.errors import DeadlineExceededError, QueueFullError
-from triton_diffusion.scheduler import CostModel, Scheduler, Tick, Work
+from triton_diffusion.scheduler import SEND_AHEAD_BELOW_S, CostModel, Scheduler, Tick, Work
 
 SimulatedPolicy = Literal["fair", "drr", "fifo", "reference"]
 
-# As in the service: where the ticks that are out take longer than this, the next one is chosen when they are through.
-_SEND_AHEAD_BELOW_S = 0.05
 _NOISE_CHUNK = 65_536
 _PROGRESS_EVERY = 1000
 
@@ -238,7 +236,7 @@ class _Simulation:
             return True
         if in_flight >= self._settings.ticks_in_flight:
             return False
-        return self._scheduler.estimate_out_s(replica) < _SEND_AHEAD_BELOW_S
+        return self._scheduler.estimate_out_s(replica) < SEND_AHEAD_BELOW_S
 
     def _tick_s(self, tick: Tick) -> float:
         seconds = self._seconds.get((tick.tokens, tick.batch_key))

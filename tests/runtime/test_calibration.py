@@ -11,7 +11,6 @@ import torch
 
 from checkpoints.services import run_service
 from checkpoints.stages import alone
-from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.families.flux import FAMILY
 from triton_diffusion.loading.checkpoint import open_checkpoint

@@ -7,7 +7,7 @@ processors of our models alone, together with the function to call; other models
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,13 +30,19 @@ class Attention(Protocol):
         """Query (B, Sq, H, D), key and value (B, Sk, H, D), mask over the keys; returns (B, Sq, H, D)."""
 
 
-def replace_attention(model: torch.nn.Module, make_attention: Callable[[], Attention]) -> int:
+def replace_attention(
+    model: torch.nn.Module, make_attention: Callable[[], Attention], *, leave: Sequence[str] = ()
+) -> int:
     """Have every attention of `model` computed by a function of its own from `make_attention`; returns how many.
+
+    leave: paths of modules whose attention stays as it is.
 
     Raises:
         ConfigurationError: an attention processor of the model does not go through diffusers' dispatcher.
     """
-    processors = getattr(model, "attn_processors", None)
+    prefixes = tuple(f"{path}." for path in leave)
+    given = getattr(model, "attn_processors", None) or {}
+    processors = {name: processor for name, processor in given.items() if not name.startswith(prefixes)}
     if not processors:
         raise ConfigurationError(f"{type(model).__name__} has no attention processors that could be replaced")
     for name, processor in processors.items():
@@ -45,6 +51,7 @@ def replace_attention(model: torch.nn.Module, make_attention: Callable[[], Atten
                 f"{type(model).__name__}: {name} is a {type(processor).__name__}, which does not go through diffusers' "
                 "attention dispatcher; it needs a processor of its family's own"
             )
+    for processor in processors.values():
         processor._attention_backend = _OURS
         processor._parallel_config = make_attention()
     return len(processors)

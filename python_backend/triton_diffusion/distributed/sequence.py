@@ -27,6 +27,8 @@ class Shard:
 
     dim: int
     streams: tuple[str, ...]
+    num_dims: int | None = None
+    """Leave a tensor of another number of dimensions whole: a model may take a timestep a row or one a token."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class SequencePlan:
     """Where a model is cut. Module paths are those of `get_submodule`, with one "*" for all modules of a list.
 
     inputs: module path -> name of an argument -> how to cut it. outputs: module path -> how to treat each of its
-    outputs, None to leave one alone.
+    outputs, None to leave one alone. whole: paths of modules that work on whole sequences, such as a refiner of the
+    text in front of the first cut; their attention is left to the model.
     """
 
     inputs: Mapping[str, Mapping[str, Shard]]
     outputs: Mapping[str, Sequence[Shard | Gather | None]]
+    whole: Sequence[str] = ()
 
 
 @dataclass
@@ -63,6 +67,8 @@ class ShardedSequence:
 
     def shard(self, tensor: torch.Tensor, how: Shard) -> torch.Tensor:
         """The part of this rank."""
+        if how.num_dims not in (None, tensor.ndim):
+            return tensor
         if len(how.streams) == 1:
             self.lengths[how.streams[0]] = tensor.shape[how.dim]
             return self._part(tensor, how.dim)
@@ -109,11 +115,13 @@ def plan_from_diffusers(model: torch.nn.Module, *, gather_like: str) -> Sequence
         for name, how in entry.items():
             assert isinstance(how, ContextParallelInput)
             if not how.split_output:
-                inputs.setdefault(path, {})[name] = Shard(how.split_dim, (f"{path}.{name}".lstrip("."),))
+                inputs.setdefault(path, {})[name] = Shard(
+                    how.split_dim, (f"{path}.{name}".lstrip("."),), how.expected_dims
+                )
                 continue
             cut = outputs.setdefault(path, [])
             cut += [None] * (name + 1 - len(cut))
-            cut[name] = Shard(how.split_dim, (f"{path}[{name}]",))
+            cut[name] = Shard(how.split_dim, (f"{path}[{name}]",), how.expected_dims)
     return SequencePlan(inputs, outputs)
 
 

@@ -31,5 +31,5 @@ def prepare_transformer(transformer: Any, plan: SequencePlan, mesh: Mesh, attent
     sequence: ShardedSequence | None = None
     if mesh.sequence.degree > 1:
         sequence = shard_sequence(transformer, plan, mesh.sequence)
-    num_modules = replace_attention(transformer, lambda: ParallelAttention(backend, mesh, sequence))
+    num_modules = replace_attention(transformer, lambda: ParallelAttention(backend, mesh, sequence), leave=plan.whole)
     logger.info("attention backend of %d modules: %s, since %s", num_modules, backend.name, reason)

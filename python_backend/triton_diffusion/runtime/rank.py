@@ -25,7 +25,7 @@ import torch
 import zmq
 from torch._C._distributed_c10d import Store, TCPStore
 
-from triton_diffusion.distributed.group import RankGroup
+from triton_diffusion.distributed.group import RankGroup, RanksDivergedError
 from triton_diffusion.distributed.tiles import share_tiles
 from triton_diffusion.distributed.transformer import prepare_transformer
 from triton_diffusion.errors import DiffusionError
@@ -81,10 +81,15 @@ def main() -> int:
         return 1
     store = _rendezvous(launch)
     group = RankGroup(rank=launch.rank, size=launch.group_size, device=device, store=store, parallel=launch.parallel)
-    executor = _load(launch, group, channel)
-    if executor is None:
-        return 1
-    _serve(executor, group, channel, Turns(launch.turns_folder))
+    try:
+        executor = _load(launch, group, channel)
+        if executor is None:
+            return 1
+        _serve(executor, group, channel, Turns(launch.turns_folder))
+    except RanksDivergedError:
+        logger.exception("this rank ends, and its group is started anew")
+        # An orderly end would wait for the collectives that the other ranks will never enter.
+        os._exit(1)
     group.close()
     return 0
 

@@ -47,7 +47,7 @@ from triton_diffusion.runtime.messages import (
 )
 from triton_diffusion.runtime.work import rows_and_steps, tokens_per_row
 from triton_diffusion.runtime.worker_group import WorkerGroup
-from triton_diffusion.scheduler import Entry, Scheduler, Work
+from triton_diffusion.scheduler import SEND_AHEAD_BELOW_S, Entry, Scheduler, Work
 from triton_diffusion.state import (
     CancelOrder,
     Progress,
@@ -66,9 +66,6 @@ logger = logging.getLogger(__name__)
 Answer = bytes | DiffusionError
 OnAnswer = Callable[[Answer], None]
 
-# While one tick runs, the next waits at the rank, so that the device never waits for this process. But what is sent
-# cannot be chosen anew: where a tick takes longer than this, the next one is chosen when it is through.
-_SEND_AHEAD_BELOW_S = 0.05
 _TICKS_IN_FLIGHT = 2
 # How soon a deadline is noticed that cannot be met any more, while no tick comes back.
 _DEADLINE_POLL_MS = 100
@@ -358,7 +355,7 @@ class StageService:
     def _has_room(self, replica: _Replica) -> bool:
         if replica.in_flight == 0:
             return True
-        is_short = self._scheduler.estimate_out_s(replica.index) < _SEND_AHEAD_BELOW_S
+        is_short = self._scheduler.estimate_out_s(replica.index) < SEND_AHEAD_BELOW_S
         return replica.in_flight < _TICKS_IN_FLIGHT and is_short
 
     def _drop_late(self, replica: _Replica) -> None:

@@ -1,7 +1,7 @@
 """The request scheduler: admission, batches and replicas of a stage model. Pure Python, the clock handed in."""
 
 from triton_diffusion.scheduler.cost import CostModel
-from triton_diffusion.scheduler.scheduler import Scheduler
+from triton_diffusion.scheduler.scheduler import SEND_AHEAD_BELOW_S, Scheduler
 from triton_diffusion.scheduler.work import (
     DEFAULT_PRIORITY,
     HIGHEST_PRIORITY,
@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_PRIORITY",
     "HIGHEST_PRIORITY",
     "LOWEST_PRIORITY",
+    "SEND_AHEAD_BELOW_S",
     "CostModel",
     "DeadlineAction",
     "Entry",

@@ -58,7 +58,7 @@ class FifoPolicy:
         waiting = _waiting(lanes)
         if not waiting:
             return None
-        first = min(waiting, key=lambda entries: entries[0].submitted_s)
+        first = min(waiting.values(), key=lambda entries: entries[0].submitted_s)
         return _fill(first, max_batch_tokens)
 
 
@@ -80,7 +80,7 @@ class FairPolicy:
 
     def choose(self, lanes: Collection[Lane], now_s: float, max_batch_tokens: int) -> Choice | None:
         """See the class."""
-        waiting = {lane.batch_key: entries for lane in lanes if (entries := lane.waiting())}
+        waiting = _waiting(lanes)
         if not waiting:
             return None
         if len(waiting) == 1:
@@ -158,7 +158,7 @@ class DrrPolicy(FairPolicy):
 
     def choose(self, lanes: Collection[Lane], now_s: float, max_batch_tokens: int) -> Choice | None:
         """See the class."""
-        waiting = {lane.batch_key: entries for lane in lanes if (entries := lane.waiting())}
+        waiting = _waiting(lanes)
         if not waiting:
             return None
         top = min(self._rank(entry, now_s)[0] for entries in waiting.values() for entry in entries)
@@ -195,9 +195,9 @@ def make_policy(name: PolicyName, cost_model: CostModel, ageing_s: float) -> Pol
             return FifoPolicy()
 
 
-def _waiting(lanes: Iterable[Lane]) -> list[list[Entry]]:
-    """The requests of each lane that wait for a step, in the order in which they came."""
-    return [entries for lane in lanes if (entries := lane.waiting())]
+def _waiting(lanes: Iterable[Lane]) -> dict[str, list[Entry]]:
+    """By batch key, the requests of each lane that wait for a step, in the order in which they came."""
+    return {lane.batch_key: entries for lane in lanes if (entries := lane.waiting())}
 
 
 def _fill(entries: Iterable[Entry], max_batch_tokens: int) -> Choice:

@@ -16,6 +16,11 @@ from triton_diffusion.scheduler.cost import CostModel, Measurement
 from triton_diffusion.scheduler.policy import Choice, Lane, make_policy
 from triton_diffusion.scheduler.work import Entry, Tick, Work
 
+SEND_AHEAD_BELOW_S = 0.05
+"""While one tick runs, the next may wait at the rank, so that the device never waits for the scheduler. But what is
+sent cannot be chosen anew: where the ticks that are out take longer than this, it is chosen when they are through.
+"""
+
 
 @dataclass
 class _Replica:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -20,7 +21,7 @@ def build_checkpoint(
     demo = json.loads((DEMO_CHECKPOINT / "transformer" / "config.json").read_text())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        transformer = FluxTransformer2DModel(
+        transformer: Any = FluxTransformer2DModel(
             in_channels=demo["in_channels"],
             num_layers=num_layers,
             num_single_layers=num_single_layers,

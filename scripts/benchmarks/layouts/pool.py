@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,9 @@ _SCRIPTS = Path(__file__).resolve().parents[2]
 class RankPool:
     """Importing torch takes seconds a process, so each is started once and serves all layouts."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Sequence[str] = ("benchmarks.layouts.program",)) -> None:
+        """program: the module that ranks run, and its arguments."""
+        self._program = program
         self._folder = tempfile.TemporaryDirectory(prefix="triton-diffusion-layouts-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._num_jobs = 0
@@ -52,7 +55,7 @@ class RankPool:
                 "HF_HUB_OFFLINE": "1",
                 "TQDM_DISABLE": "1",
             }
-            command = [sys.executable, "-m", "benchmarks.layouts.program"]
+            command = [sys.executable, "-m", *self._program]
             self._processes.append(
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             )

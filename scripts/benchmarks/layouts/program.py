@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from benchmarks.layouts.messages import Denoised, DenoiseJob, Failed, Row
 from triton_diffusion.distributed.group import RankGroup
@@ -29,21 +31,27 @@ _TEXT_TOKENS = 48
 
 
 @dataclass
-class _Loaded:
+class Loaded:
+    """What a rank holds between jobs."""
+
     group: RankGroup
     components: Components
     executor: RankExecutor
 
 
-def main() -> int:
-    """Answer jobs until the input ends."""
+def main(load: Callable[[DenoiseJob], Loaded] | None = None) -> int:
+    """Answer jobs until the input ends; `load` makes the model ready, unless it is to be parallelised by us."""
+    load = load or _load
+    # Libraries print, and standard output is for answers alone.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
     torch.set_num_threads(1)
-    loaded: _Loaded | None = None
+    loaded: Loaded | None = None
     for line in sys.stdin.buffer:
         answer: Denoised | Failed
         try:
             job = msgspec.json.decode(line, type=DenoiseJob)
-            loaded = loaded or _load(job)
+            loaded = loaded or load(job)
             answer = _denoise(job, loaded)
             if not job.keep_open:
                 loaded.group.close()
@@ -51,14 +59,14 @@ def main() -> int:
         except Exception as error:
             traceback.print_exc()
             answer = Failed(error=f"{type(error).__name__}: {error}")
-        sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-        sys.stdout.buffer.flush()
+        answers.write(msgspec.json.encode(answer) + b"\n")
+        answers.flush()
     return 0
 
 
-def _load(job: DenoiseJob) -> _Loaded:
+def _load(job: DenoiseJob) -> Loaded:
     size = job.parallel.num_ranks
-    store = dist.FileStore(job.store, size) if size > 1 else None
+    store = FileStore(job.store, size) if size > 1 else None
     group = RankGroup(rank=job.rank, size=size, device=torch.device("cpu"), store=store, parallel=job.parallel)
     checkpoint = open_checkpoint(job.checkpoint)
     family = find_family(checkpoint)
@@ -74,10 +82,10 @@ def _load(job: DenoiseJob) -> _Loaded:
     plan = family.parallelize.sequence_plan(transformer)
     prepare_transformer(transformer, plan, group.mesh, job.attention_backend)
     stages = make_plan("denoising", family, components, group)
-    return _Loaded(group, components, RankExecutor("denoising", stages, group))
+    return Loaded(group, components, RankExecutor("denoising", stages, group))
 
 
-def _denoise(job: DenoiseJob, loaded: _Loaded) -> Denoised:
+def _denoise(job: DenoiseJob, loaded: Loaded) -> Denoised:
     executor, group, components = loaded.executor, loaded.group, loaded.components
     for index, row in enumerate(job.rows):
         executor.admit(AdmitRequest(request_id=str(index), state=_blob(job, row, index, components)))
