@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from triton_diffusion.config import ChainConfig, StageConfig
+from triton_diffusion.config import ChainConfig, ParallelConfig, StageConfig
 from triton_diffusion.errors import ConfigurationError
 
 
@@ -118,6 +118,104 @@ def test_dp_size_must_divide_num_gpus() -> None:
 def test_more_replicas_than_ranks_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="dp_size=4"):
         StageConfig(num_gpus=2, dp_size=4)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, ParallelConfig()),
+        ({"tp_size": 2}, ParallelConfig(tp=2)),
+        ({"num_gpus": 4, "dp_size": 2, "ring_degree": 2}, ParallelConfig(ring=2)),
+        ({"num_gpus": 4, "enable_cfg_parallel": True, "ulysses_degree": 2}, ParallelConfig(cfg=2, ulysses=2)),
+        (
+            {"num_gpus": 48, "dp_size": 3}
+            | {"enable_cfg_parallel": True, "ring_degree": 2, "ulysses_degree": 2, "tp_size": 2},
+            ParallelConfig(cfg=2, ring=2, ulysses=2, tp=2),
+        ),
+    ],
+)
+def test_the_ranks_are_all_degrees_multiplied(values: dict[str, int], expected: ParallelConfig) -> None:
+    config = StageConfig(**values)  # type: ignore[arg-type]
+    assert config.parallel("denoising") == expected
+    assert config.num_ranks == config.num_replicas * expected.num_ranks
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"num_gpus": 4, "dp_size": 1, "tp_size": 3},
+            "num_gpus=4 must be dp x cfg x ring x ulysses x tp, and is not dp=1 x cfg=1 x ring=1 x ulysses=1 x tp=3",
+        ),
+        (
+            {"num_gpus": 4, "dp_size": 2, "enable_cfg_parallel": True, "ring_degree": 2},
+            "num_gpus=4 must be dp x cfg x ring x ulysses x tp, and is not dp=2 x cfg=2 x ring=2 x ulysses=1 x tp=1",
+        ),
+        (
+            {"num_gpus": 8, "dp_size": 1, "ring_degree": 2, "ulysses_degree": 2},
+            "num_gpus=8 must be dp x cfg x ring x ulysses x tp, and is not dp=1 x cfg=1 x ring=2 x ulysses=2 x tp=1",
+        ),
+    ],
+)
+def test_degrees_that_do_not_make_up_the_ranks_are_refused_with_all_numbers(
+    values: dict[str, int], expected: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        StageConfig(**values).parallel("denoising")  # type: ignore[arg-type]
+    assert str(caught.value) == f"{expected}; change num_gpus, dp_size or a degree"
+
+
+@pytest.mark.parametrize(
+    ("stage_model", "values", "expected"),
+    [
+        ("denoising", {}, ParallelConfig(ulysses=4)),
+        ("denoising", {"tp_size": 2}, ParallelConfig(ulysses=2, tp=2)),
+        ("denoising", {"enable_cfg_parallel": True, "ring_degree": 2}, ParallelConfig(cfg=2, ring=2)),
+        ("text_encoding", {}, ParallelConfig(tp=4)),
+        ("decoding", {}, ParallelConfig()),
+    ],
+)
+def test_ranks_that_no_degree_names_are_for_ulysses_tensors_or_tiles(
+    stage_model: str, values: dict[str, int], expected: ParallelConfig
+) -> None:
+    config = StageConfig(num_gpus=4, dp_size=1, **values)  # type: ignore[arg-type]
+    assert config.parallel(stage_model) == expected
+    assert config.ranks_per_replica == 4
+
+
+def test_text_encoding_takes_no_ranks_beside_those_of_its_tensors() -> None:
+    with pytest.raises(ConfigurationError, match=r"num_gpus=4 .* is not dp=1 x tp_size=2; change"):
+        StageConfig(num_gpus=4, dp_size=1, tp_size=2).parallel("text_encoding")
+
+
+@pytest.mark.parametrize(
+    ("stage_model", "name", "value"),
+    [
+        ("text_encoding", "ulysses_degree", 2),
+        ("text_encoding", "ring_degree", 2),
+        ("text_encoding", "enable_cfg_parallel", True),
+        ("decoding", "ulysses_degree", 2),
+        ("decoding", "ring_degree", 2),
+        ("decoding", "enable_cfg_parallel", True),
+        ("decoding", "tp_size", 2),
+    ],
+)
+def test_an_axis_that_a_stage_does_not_have_is_refused_by_name(stage_model: str, name: str, value: int) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{name}={value}.*{stage_model} has (tp_size|tiles)"):
+        StageConfig(num_gpus=2, dp_size=1, **{name: value}).parallel(stage_model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "name"),
+    [
+        (ParallelConfig(), "one"),
+        (ParallelConfig(tp=2), "tp2"),
+        (ParallelConfig(ulysses=4, ring=2), "r2.u4"),
+        (ParallelConfig(cfg=2, ring=3, ulysses=4, tp=5), "cfg2.r3.u4.tp5"),
+    ],
+)
+def test_a_layout_is_named_by_its_axes_from_slow_links_to_fast_ones(parallel: ParallelConfig, name: str) -> None:
+    assert str(parallel) == name
 
 
 def test_gpu_device_ids_name_the_gpus_of_each_replica() -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoints.requests import make_request
+from triton_diffusion.config import ParallelConfig
+from triton_diffusion.distributed.cfg import cfg_share, run_cfg_parallel
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import InvalidRequestError, to_wire
 from triton_diffusion.stages.base import PipelineStage, StageParallelism, StageRequest
@@ -53,6 +55,38 @@ class SendToOthers(MarkingStage):
     parallelism: ClassVar = StageParallelism.MAIN_RANK_ONLY_AND_SEND_TO_OTHERS
 
 
+class Guided(PipelineStage[StageRequest]):
+    """Makes a conditional and, behind all of those, an unconditional prediction of every item.
+
+    Each has the number of the prediction and the rank that made it.
+    """
+
+    name = "guided"
+    parallelism: ClassVar = StageParallelism.CFG_PARALLEL
+
+    def __init__(self, group: RankGroup, fails_on: int | None, is_guided: bool) -> None:
+        self.runs = 0
+        self._group = group
+        self._fails_on = fails_on
+        self._is_guided = is_guided
+
+    def forward(self, batch: Sequence[StageRequest]) -> None:
+        kinds = ["conditional", "unconditional"] if self._is_guided else ["conditional"]
+        numbers = torch.arange(len(kinds) * len(batch))
+        own = numbers[cfg_share(self._group, len(numbers))]
+        predictions = run_cfg_parallel(self._group, len(numbers), lambda: self._predict(own))
+        if predictions is None:
+            return
+        for index, prediction in enumerate(predictions):
+            batch[index % len(batch)].outputs[kinds[index // len(batch)]] = prediction
+
+    def _predict(self, numbers: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        if self._fails_on == self._group.rank:
+            raise InvalidRequestError(f"refused by {self._group.rank}")
+        return torch.stack([numbers, torch.full_like(numbers, self._group.rank)], 1)
+
+
 STAGES = {stage.parallelism.value: stage for stage in (Replicated, MainRankOnly, SendToOthers)}
 SCENARIOS: dict[str, Callable[..., Any]] = {}
 
@@ -65,8 +99,17 @@ def scenario(function: Callable[..., Any]) -> Callable[..., Any]:
 @scenario
 def stage(group: RankGroup, parallelism: str, fails_on: int | None) -> dict[str, Any]:
     """Run a stage on two requests, and have the ranks agree on who failed."""
-    one = STAGES[parallelism](group.rank, fails_on)
-    batch = [StageRequest(name, make_request(), inputs={}) for name in ("a", "b")]
+    return _run(STAGES[parallelism](group.rank, fails_on), ("a", "b"), group)
+
+
+@scenario
+def cfg_stage(group: RankGroup, names: list[str], is_guided: bool, fails_on: int | None) -> dict[str, Any]:
+    """The same with predictions that the ranks of the cfg axis share."""
+    return _run(Guided(group, fails_on, is_guided), names, group)
+
+
+def _run(one: MarkingStage | Guided, names: Sequence[str], group: RankGroup) -> dict[str, Any]:
+    batch = [StageRequest(name, make_request(), inputs={}) for name in names]
     failures: dict[str, BaseException] = {}
     try:
         run_stage(one, batch, group)
@@ -106,7 +149,7 @@ def main() -> None:
         print(store.port, flush=True)
     else:
         store = dist.TCPStore("127.0.0.1", int(sys.stdin.readline()), 2, is_master=False)
-    group = RankGroup(rank=rank, size=2, device=torch.device("cpu"), store=store)
+    group = RankGroup(rank=rank, size=2, device=torch.device("cpu"), store=store, parallel=ParallelConfig(cfg=2))
     for line in sys.stdin:
         name, arguments = json.loads(line)
         print(json.dumps(SCENARIOS[name](group, **arguments)), flush=True)

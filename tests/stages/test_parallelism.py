@@ -96,6 +96,49 @@ def test_a_stage_that_sends_to_others_runs_on_rank_0_and_its_sampled_tokens_agre
     assert first["sampled.tokens"] != second["sampled.tokens"], "every request has its own"
 
 
+# A stage whose predictions the ranks of the cfg axis share; a prediction is [its number, the rank that made it].
+
+
+def test_a_guided_request_has_its_conditional_prediction_from_rank_0_and_the_other_from_rank_1(ranks: RankPair) -> None:
+    results = ranks.run("cfg_stage", names=["a"], is_guided=True, fails_on=None)
+    assert [result["runs"] for result in results] == [1, 1]
+    assert [result["outputs"] for result in results] == [[{"conditional": [0, 0], "unconditional": [1, 1]}]] * 2
+
+
+def test_every_request_of_a_guided_batch_gets_predictions_of_its_own(ranks: RankPair) -> None:
+    results = ranks.run("cfg_stage", names=["a", "b"], is_guided=True, fails_on=None)
+    expected = [
+        {"conditional": [0, 0], "unconditional": [2, 1]},
+        {"conditional": [1, 0], "unconditional": [3, 1]},
+    ]
+    assert [result["outputs"] for result in results] == [expected] * 2
+
+
+def test_requests_without_guidance_keep_both_ranks_busy(ranks: RankPair) -> None:
+    results = ranks.run("cfg_stage", names=["a", "b", "c"], is_guided=False, fails_on=None)
+    expected = [{"conditional": [0, 0]}, {"conditional": [1, 0]}, {"conditional": [2, 1]}]
+    assert [result["outputs"] for result in results] == [expected] * 2
+
+
+def test_a_single_prediction_reaches_the_rank_that_has_none_to_make(ranks: RankPair) -> None:
+    results = ranks.run("cfg_stage", names=["a"], is_guided=False, fails_on=None)
+    assert [result["outputs"] for result in results] == [[{"conditional": [0, 0]}]] * 2
+
+
+@pytest.mark.parametrize("fails_on", [0, 1])
+def test_a_failed_prediction_on_either_rank_is_a_failure_on_both_and_the_next_run_is_fine(
+    ranks: RankPair, fails_on: int
+) -> None:
+    failed = ranks.run("cfg_stage", names=["a", "b"], is_guided=True, fails_on=fails_on)
+    expected = ["InvalidRequestError", f"rank {fails_on}: refused by {fails_on}"]
+    assert [result["agreed"] for result in failed] == [{"a": expected, "b": expected}] * 2
+    assert [result["raised"] for result in failed] == [fails_on == 0, fails_on == 1]
+    assert [result["outputs"] for result in failed] == [[{}, {}]] * 2, "no rank has half of a result"
+    following = ranks.run("cfg_stage", names=["a"], is_guided=True, fails_on=None)
+    assert [result["agreed"] for result in following] == [{}, {}]
+    assert [result["outputs"] for result in following] == [[{"conditional": [0, 0], "unconditional": [1, 1]}]] * 2
+
+
 # Failures.
 
 
