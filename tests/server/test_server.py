@@ -56,7 +56,11 @@ def test_it_listens_on_loopback_only(tmp_path, write_model) -> None:
     with TritonServer(write_model(), log_file=tmp_path / "log", extra_arguments=FAST) as server:
         server.wait_until_ready(timeout_s=60)
         ports = {server.http_port, server.grpc_port, server.metrics_port}
-        listening = {(address, port) for address, port in _listening_sockets() if port in ports}
+        # The page of metrics opens last, after the server is ready.
+        deadline_s = time.monotonic() + 10
+        listening: set[tuple[str, int]] = set()
+        while {port for _, port in listening} != ports and time.monotonic() < deadline_s:
+            listening = {(address, port) for address, port in _listening_sockets() if port in ports}
         server.kill()
     assert listening == {("127.0.0.1", port) for port in ports}
 
