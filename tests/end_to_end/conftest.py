@@ -68,6 +68,13 @@ class RunningServer:
         (line,) = [line for line in page.splitlines() if line.startswith(f'diffusion_{name}{{model="{stage_model}"')]
         return float(line.rsplit(" ", 1)[1])
 
+    def wait_for_metric(self, name: str, stage_model: str, value: float, timeout_s: float = 10.0) -> None:
+        """Return when a number of ours is `value`: it gets there a second late, or more on a busy machine."""
+        deadline_s = time.monotonic() + timeout_s
+        while (found := self.metric(name, stage_model)) != value:
+            assert time.monotonic() < deadline_s, f"{name} of {stage_model} is {found}, not {value}"
+            time.sleep(0.1)
+
     def wait_until_idle(self, timeout_s: float = 20.0) -> None:
         """Return when no stage has a request any more."""
         deadline_s = time.monotonic() + timeout_s

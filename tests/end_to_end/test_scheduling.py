@@ -126,12 +126,14 @@ def cancel_by_id(client: DiffusionClient, in_stage: Callable[[], None]) -> None:
 def test_a_request_can_be_taken_back_in_every_stage(
     server: RunningServer, stage_model: str, cancel: Callable[[RunningServer, Callable[[], None]], None]
 ) -> None:
+    # The request of the test before may still be on the page.
+    server.wait_until_idle()
     cancelled = server.metric("requests_cancelled_total", stage_model)
     with suspended(server, stage_model):
         cancel(server, lambda: wait_until_in(server, stage_model))
         # While the ranks stand still: it is the stage that lets the request go, not their next answer.
         server.wait_until_idle()
-    assert server.metric("requests_cancelled_total", stage_model) == cancelled + 1
+    server.wait_for_metric("requests_cancelled_total", stage_model, cancelled + 1)
     assert server.infer(prompt=PROMPT, num_inference_steps=1) is not None
 
 
@@ -293,7 +295,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_with_the_estimate(server: Runn
             )
     server.wait_until_idle()
     time.sleep(1.1)
-    assert server.metric("deadlines_exceeded_total", "denoising") == refused + 2
+    server.wait_for_metric("deadlines_exceeded_total", "denoising", refused + 2)
 
 
 def test_a_deadline_that_can_be_met_is(server: RunningServer) -> None:
@@ -348,7 +350,7 @@ def test_a_full_queue_says_how_full_it_is_and_how_long_it_needs(tmp_path: Path) 
             assert client.generate(PROMPT, num_inference_steps=1).images
         server.wait_until_idle()
         time.sleep(1.1)
-        assert server.metric("requests_refused_total", "denoising") == 1
+        server.wait_for_metric("requests_refused_total", "denoising", 1)
 
 
 def test_a_prompt_that_comes_again_is_not_encoded_again(server: RunningServer) -> None:
@@ -372,7 +374,7 @@ def test_the_response_cache_answers_equal_requests_and_never_with_another_seeds_
 
         first, again, other = draw(seed=1), draw(seed=1), draw(seed=2)
         time.sleep(1.1)
-        assert server.metric("requests_done_total", "denoising") == 2, "the second one came from the cache"
+        server.wait_for_metric("requests_done_total", "denoising", 2)  # The second one came from the cache.
         assert (first[1], again[1], other[1]) == (1, 1, 2)
         assert np.array_equal(first[0], again[0])
         assert not np.array_equal(first[0], other[0])

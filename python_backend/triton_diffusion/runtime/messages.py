@@ -110,8 +110,6 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     parallel: ParallelConfig
     attention_backend: str
     vae_tiling: VaeTiling
-    turns_folder: str
-    """Where groups on the same cores take turns (Turns); empty: they do not."""
     run_dir: str
     endpoint: str
     """ZMQ endpoint of the service; rank 0 connects to it."""

@@ -54,7 +54,6 @@ from triton_diffusion.runtime.messages import (
     Shutdown,
 )
 from triton_diffusion.runtime.rank_executor import RankExecutor
-from triton_diffusion.runtime.turns import Turns
 from triton_diffusion.stages.plan import make_plan
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def main() -> int:
         executor = _load(launch, group, channel)
         if executor is None:
             return 1
-        _serve(executor, group, channel, Turns(launch.turns_folder))
+        _serve(executor, group, channel)
     except RanksDivergedError:
         logger.exception("this rank ends, and its group is started anew")
         # An orderly end would wait for the collectives that the other ranks will never enter.
@@ -273,20 +272,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _serve(executor: RankExecutor, group: RankGroup, channel: _ServiceChannel | None, turns: Turns) -> None:
+def _serve(executor: RankExecutor, group: RankGroup, channel: _ServiceChannel | None) -> None:
     """Do what rank 0 hears, on all ranks, until Shutdown."""
     while True:
         data = group.broadcast_bytes(channel.receive() if channel else None)
         match messages.decode_to_ranks(data):
             case AdmitRequest() as message:
                 executor.admit(message)
-            case RunTick() as tick if channel:
-                # The other ranks go with rank 0.
-                with turns.take():
-                    done = executor.run(tick)
-                channel.send(done)
             case RunTick() as tick:
-                executor.run(tick)
+                done = executor.run(tick)
+                if channel:
+                    channel.send(done)
             case DropRequest(request_id=request_id):
                 executor.drop(request_id)
             case Shutdown():

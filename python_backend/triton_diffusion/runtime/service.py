@@ -116,11 +116,9 @@ class _Replica:
 class StageService:
     """Scheduler and worker groups of one stage model, behind `submit`."""
 
-    def __init__(self, stage_model: str, config: StageConfig, *, turns_folder: str = "") -> None:
-        """turns_folder: the same for the stages of a server, an existing folder (runtime/turns.py)."""
+    def __init__(self, stage_model: str, config: StageConfig) -> None:
         self._stage_model = stage_model
         self._config = config
-        self._turns_folder = turns_folder
         self._checkpoint = open_checkpoint(config.model_path)
         self._family = find_family(self._checkpoint)
         self._family.check_parallel(stage_model, self._checkpoint, config.parallel(stage_model))
@@ -269,7 +267,6 @@ class StageService:
             model_path=str(self._checkpoint.path),
             config=self._config,
             replica=replica.index,
-            turns_folder=self._turns_folder,
             context=self._context,
         )
         for source in replica.group.sources:

@@ -45,14 +45,11 @@ class WorkerGroup:
         model_path: str,
         config: StageConfig,
         replica: int,
-        turns_folder: str,
         context: zmq.Context[zmq.Socket[bytes]],
     ) -> None:
         self._stage_model = stage_model
         self._model_path = model_path
         self._config = config
-        # Replicas have cores of their own.
-        self._turns_folder = turns_folder if config.num_replicas == 1 and not _has_gpu() else ""
         self.replica = replica
         # The folder is only open to this user, and so is the socket in it.
         self._run_dir = tempfile.mkdtemp(prefix="triton-diffusion-")
@@ -140,7 +137,6 @@ class WorkerGroup:
             parallel=self._config.parallel(self._stage_model),
             attention_backend=self._config.attention_backend,
             vae_tiling=self._config.vae_tiling,
-            turns_folder=self._turns_folder,
             run_dir=self._run_dir,
             endpoint=self._endpoint,
             store_port=listener.getsockname()[1],
@@ -179,15 +175,11 @@ def _openmp_variables(num_threads: int, first_core: int) -> dict[str, str]:
     message wakes on its sibling's core waits there for a time slice of milliseconds, at every step: so each has a core.
     Threads that spin for long take the cores from the ranks of other stages: so they spin for microseconds.
     """
-    if num_threads == 1 or _has_gpu():
+    if num_threads == 1 or glob.glob("/dev/nvidia[0-9]*"):
         return {}
     cores = sorted(os.sched_getaffinity(0))
     places = [f"{{{cores[(first_core + index) % len(cores)]}}}" for index in range(num_threads)]
     return {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(places), "GOMP_SPINCOUNT": "4000"}
-
-
-def _has_gpu() -> bool:
-    return bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _visible_device(base: Mapping[str, str], device_id: str) -> str:

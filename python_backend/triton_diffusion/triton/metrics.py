@@ -48,7 +48,8 @@ class MetricsPublisher:
 
     def _publish(self) -> None:
         current = self._read()
-        for field in dataclasses.fields(StageMetrics):
+        # Gauges last: a request that is no longer shown as running has been counted.
+        for field in sorted(dataclasses.fields(StageMetrics), key=lambda field: "gauge" in field.metadata):
             value, published = getattr(current, field.name), getattr(self._published, field.name)
             if value == published:
                 continue

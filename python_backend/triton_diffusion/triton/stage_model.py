@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import triton_python_backend_utils as pb_utils
@@ -33,9 +32,7 @@ class StageModel:
         """Start the worker groups; the model becomes ready when they have loaded."""
         set_up_logging(args["model_name"])
         try:
-            config = StageConfig.from_parameters(read_parameters(args))
-            # The folder of all models, which the stages of this server have in common.
-            self._service = StageService(self.stage, config, turns_folder=str(Path(args["model_repository"]).parent))
+            self._service = StageService(self.stage, StageConfig.from_parameters(read_parameters(args)))
             self._service.start()
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
