@@ -136,12 +136,12 @@ class StageConfig:
     @property
     def num_ranks(self) -> int:
         """How many rank processes this stage has."""
-        return self.num_gpus or sum(map(len, self._listed_ids())) or max(1, self.dp_size) * self._given_ranks
+        return self.num_gpus or sum(map(len, self._listed_ids())) or max(1, self.dp_size) * self._given.num_ranks
 
     @property
     def num_replicas(self) -> int:
         """How many worker groups this stage has."""
-        return self.dp_size or len(self._listed_ids()) or max(1, self.num_ranks // self._given_ranks)
+        return self.dp_size or len(self._listed_ids()) or max(1, self.num_ranks // self._given.num_ranks)
 
     @property
     def ranks_per_replica(self) -> int:
@@ -149,10 +149,10 @@ class StageConfig:
         return self.num_ranks // self.num_replicas
 
     @property
-    def _given_ranks(self) -> int:
-        """Ranks of a group as far as degrees say it."""
+    def _given(self) -> ParallelConfig:
+        """The degrees as they are given, Ulysses 1 where it is left open."""
         cfg = 2 if self.enable_cfg_parallel else 1
-        return cfg * self.ring_degree * max(1, self.ulysses_degree) * self.tp_size
+        return ParallelConfig(cfg=cfg, ring=self.ring_degree, ulysses=max(1, self.ulysses_degree), tp=self.tp_size)
 
     def parallel(self, stage_model: str) -> ParallelConfig:
         """How the ranks of a group of `stage_model` share its model.
@@ -163,8 +163,7 @@ class StageConfig:
         Raises:
             ConfigurationError: the degrees do not make up the ranks, or the stage has no such axis.
         """
-        cfg = 2 if self.enable_cfg_parallel else 1
-        size, left = self.ranks_per_replica, self.ranks_per_replica // self._given_ranks
+        size, given = self.ranks_per_replica, self._given
         if stage_model != "denoising":
             idle = [
                 f"{name}={getattr(self, name)}"
@@ -179,11 +178,10 @@ class StageConfig:
             tp = self.tp_size if self.tp_size > 1 else size
             _require(tp == size, self._mismatch(f"tp_size={self.tp_size}"))
             return ParallelConfig(tp=tp)
-        ulysses = self.ulysses_degree or max(1, left)
-        parallel = ParallelConfig(cfg=cfg, ring=self.ring_degree, ulysses=ulysses, tp=self.tp_size)
-        degrees = f"cfg={cfg} x ring={self.ring_degree} x ulysses={ulysses} x tp={self.tp_size}"
-        _require(parallel.num_ranks == size, self._mismatch(degrees))
-        return parallel
+        if not self.ulysses_degree:
+            return dataclasses.replace(given, ulysses=size // given.num_ranks)
+        _require(given.num_ranks == size, self._mismatch(_degrees(given)))
+        return given
 
     def _mismatch(self, degrees: str) -> str:
         return (
@@ -203,14 +201,8 @@ class StageConfig:
             f"dp_size={self.dp_size} does not divide num_gpus={self.num_gpus}; "
             "num_gpus is dp_size times the ranks of a replica",
         )
-        given = self._given_ranks
-        _require(
-            self.ranks_per_replica >= given and self.ranks_per_replica % given == 0,
-            self._mismatch(
-                f"cfg={2 if self.enable_cfg_parallel else 1} x ring={self.ring_degree} x "
-                f"ulysses={max(1, self.ulysses_degree)} x tp={self.tp_size}"
-            ),
-        )
+        fits = self.ranks_per_replica > 0 and self.ranks_per_replica % self._given.num_ranks == 0
+        _require(fits, self._mismatch(_degrees(self._given)))
         replicas = self._listed_ids()
         if not replicas:
             ids = [str(index) for index in range(self.num_ranks)]
@@ -333,6 +325,10 @@ def _parse(name: str, text: str, expected: Any) -> Any:
         return expected(text)
     except ValueError:
         raise ConfigurationError(f"{name}={text!r} must be {expected.__name__}") from None
+
+
+def _degrees(parallel: ParallelConfig) -> str:
+    return f"cfg={parallel.cfg} x ring={parallel.ring} x ulysses={parallel.ulysses} x tp={parallel.tp}"
 
 
 def _require(condition: bool, message: str) -> None:

@@ -23,13 +23,12 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.layouts.messages import Denoised, Row
-from benchmarks.layouts.parity import LAYOUTS, ONE_RANK, latents_of
+from benchmarks.layouts.parity import LAYOUTS, ONE_RANK, TP2_WEIGHTS_GOAL, latents_of
 from benchmarks.layouts.pool import RankPool
 from benchmarks.report import Figure, Report, describe_machine
 from triton_diffusion.config import ParallelConfig
 
 _GOALS = {"u2": 1.85, "r2": 1.85, "tp2": 1.6, "cfg2": 1.95}
-_TP2_WEIGHTS_GOAL = 0.55
 _GUIDANCE_SCALE = 3.0
 _PEERS = {
     "diffusers-ulysses": "u2",
@@ -219,7 +218,7 @@ def _memory_figures(sides: Mapping[str, _Side]) -> list[Figure]:
         answers = sides[name].answers
         label = "one rank" if name == "one guided" else f"layout {name}"
         peak, weights = (max(getattr(each, what) for each in answers) for what in ("peak_bytes", "weight_bytes"))
-        goal = _TP2_WEIGHTS_GOAL if name == "tp2" else None
+        goal = TP2_WEIGHTS_GOAL if name == "tp2" else None
         figures += [
             Figure(name=f"{label}: resident memory of a rank at its peak", value=round(peak / _MIB, 1), unit="MiB"),
             Figure(name=f"{label}: weights of a rank", value=round(weights / _MIB, 1), unit="MiB"),

@@ -12,14 +12,11 @@ from safetensors.torch import load
 from checkpoints.requests import make_blob
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import from_wire
-from triton_diffusion.families.registry import find_family
-from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.loading.components import load_components
 from triton_diffusion.request import GenerationRequest
 from triton_diffusion.runtime.messages import AdmitRequest, RunTick, TickDone
 from triton_diffusion.runtime.rank_executor import RankExecutor
+from triton_diffusion.runtime.stage_loading import load_stage
 from triton_diffusion.runtime.work import STAGE_MODELS, rows_and_steps
-from triton_diffusion.stages.plan import make_plan
 from triton_diffusion.state import read_state
 
 
@@ -32,16 +29,11 @@ class InProcessStages:
     """text_encoding, denoising and decoding of one checkpoint, each a RankExecutor of one rank."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        checkpoint = open_checkpoint(str(folder))
-        family = find_family(checkpoint)
-        device = torch.device("cpu")
         self._numbers = itertools.count()
-        self.executors: dict[str, RankExecutor] = {}
-        for stage_model in STAGE_MODELS:
-            names = family.stage_components[stage_model]
-            components = load_components(checkpoint, names, dtype=dtype, device=device)
-            plan = make_plan(stage_model, family, components, alone())
-            self.executors[stage_model] = RankExecutor(stage_model, plan, alone())
+        self.executors: dict[str, RankExecutor] = {
+            stage_model: load_stage(stage_model, str(folder), alone(), dtype=dtype).executor
+            for stage_model in STAGE_MODELS
+        }
 
     def admit(self, stage_model: str, request_id: str, blob: bytes) -> None:
         """Hand a state to a stage."""

@@ -27,7 +27,7 @@ _CONTEXT.set_forkserver_preload(
         "triton_diffusion.families.flux.denoise",
         "triton_diffusion.families.flux.parallelize",
         "triton_diffusion.loading.components",
-        "triton_diffusion.runtime.rank_executor",
+        "triton_diffusion.runtime.stage_loading",
         "triton_diffusion.stages.plan",
     ]
 )

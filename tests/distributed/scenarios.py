@@ -20,11 +20,9 @@ from triton_diffusion.distributed.sequence import Gather, SequencePlan, Shard
 from triton_diffusion.distributed.t5 import t5_tensor_plan
 from triton_diffusion.distributed.tiles import SharedTiles, share_tiles
 from triton_diffusion.distributed.transformer import prepare_transformer
-from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.loading.components import load_components
-from triton_diffusion.runtime.rank_executor import RankExecutor
-from triton_diffusion.stages.plan import make_plan
+from triton_diffusion.runtime.stage_loading import load_stage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -72,19 +70,7 @@ def denoise(
 
     Its own processes (RankPool) import torch one by one, which takes longer than all the layouts together.
     """
-    checkpoint = open_checkpoint(folder)
-    family = find_family(checkpoint)
-    components = load_components(
-        checkpoint,
-        family.stage_components["denoising"],
-        dtype=getattr(torch, dtype),
-        device=group.device,
-        tensor_plans=family.parallelize.tensor_plans(checkpoint),
-        tp=group.mesh.tp,
-    )
-    transformer = components["transformer"]
-    prepare_transformer(transformer, family.parallelize.sequence_plan(transformer), group.mesh, "torch_sdpa")
-    executor = RankExecutor("denoising", make_plan("denoising", family, components, group), group)
+    stage = load_stage("denoising", folder, group, dtype=getattr(torch, dtype), attention_backend="torch_sdpa")
     job = DenoiseJob(
         checkpoint=folder,
         dtype=dtype,
@@ -96,7 +82,7 @@ def denoise(
         rows=rows,
         num_ticks=num_ticks,
     )
-    return program._denoise(job, program.Loaded(group, components, executor))
+    return program._denoise(job, program.Loaded(group, stage.components, stage.executor))
 
 
 def encode_with_t5(group: RankGroup, folder: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from triton_diffusion.attention import backends
-from triton_diffusion.attention.backends import BACKENDS, key_mask
+from triton_diffusion.attention.backends import BACKENDS, AttentionInputs, key_mask
 from triton_diffusion.attention.choice import ENVIRONMENT_VARIABLE, choose_backend
 from triton_diffusion.attention.diffusers_models import replace_attention
 from triton_diffusion.distributed.attention import ParallelAttention, merge
@@ -60,7 +60,9 @@ def test_a_backend_gives_output_and_log_sum_exp(
     tensors: Tensors, name: str, with_lse: bool, lengths: list[int] | None
 ) -> None:
     keep = None if lengths is None else padding(lengths)
-    out, lse = BACKENDS[name].attend(*tensors, key_mask(keep, KEYS, torch.float32), None, with_lse=with_lse)
+    out, lse = BACKENDS[name].attend(
+        AttentionInputs(*tensors, key_mask(keep, KEYS, torch.float32), None), with_lse=with_lse
+    )
     expected_out, expected_lse = reference(tensors, keep)
     assert torch.allclose(out.double(), expected_out, atol=1e-5)
     assert (lse is not None) == with_lse
@@ -71,7 +73,7 @@ def test_a_backend_gives_output_and_log_sum_exp(
 
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_a_backend_takes_a_scale_of_the_models_own(tensors: Tensors, name: str) -> None:
-    out, lse = BACKENDS[name].attend(*tensors, None, 0.7, with_lse=True)
+    out, lse = BACKENDS[name].attend(AttentionInputs(*tensors, None, 0.7), with_lse=True)
     expected_out, expected_lse = reference(tensors, None, 0.7)
     assert torch.allclose(out.double(), expected_out, atol=1e-5)
     assert lse is not None
@@ -114,7 +116,9 @@ def test_parts_of_the_keys_merge_to_all_of_them(tensors: Tensors, name: str, len
     merged = None
     for start, stop in ((0, 4), (4, 5), (5, KEYS)):
         bias = None if mask is None else mask[..., start:stop].contiguous()
-        part = BACKENDS[name].attend(query, key[:, start:stop], value[:, start:stop], bias, None, with_lse=True)
+        part = BACKENDS[name].attend(
+            AttentionInputs(query, key[:, start:stop], value[:, start:stop], bias, None), with_lse=True
+        )
         merged = merge(merged, part)
     assert merged is not None
     expected_out, expected_lse = reference(tensors, keep)
@@ -131,14 +135,18 @@ def test_a_first_part_that_is_masked_entirely_has_no_share(tensors: Tensors, nam
     merged = None
     for start, stop in ((0, 4), (4, KEYS)):
         bias = mask[..., start:stop].contiguous()
-        part = BACKENDS[name].attend(query, key[:, start:stop], value[:, start:stop], bias, None, with_lse=True)
+        part = BACKENDS[name].attend(
+            AttentionInputs(query, key[:, start:stop], value[:, start:stop], bias, None), with_lse=True
+        )
         merged = merge(merged, part)
     assert merged is not None
     assert torch.allclose(merged[0].double(), reference(tensors, keep)[0], atol=1e-5)
 
 
 def test_parts_in_half_precision_are_merged_in_float32(tensors: Tensors) -> None:
-    part = BACKENDS["torch_sdpa"].attend(*(tensor.bfloat16() for tensor in tensors), None, None, with_lse=True)
+    part = BACKENDS["torch_sdpa"].attend(
+        AttentionInputs(*(tensor.bfloat16() for tensor in tensors), None, None), with_lse=True
+    )
     out, lse = merge(merge(None, part), part)
     assert out.dtype == lse.dtype == torch.float32
 

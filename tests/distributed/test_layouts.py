@@ -19,26 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from benchmarks.layouts.checkpoint import build_checkpoint
 from benchmarks.layouts.messages import Denoised, Row
+from benchmarks.layouts.parity import LAYOUTS, ONE_RANK
 
 pytestmark = pytest.mark.timeout(120)
-
-ONE_RANK = ParallelConfig()
-LAYOUTS = {
-    "tp2": ParallelConfig(tp=2),
-    "tp4": ParallelConfig(tp=4),
-    "u2": ParallelConfig(ulysses=2),
-    "u4": ParallelConfig(ulysses=4),
-    "r2": ParallelConfig(ring=2),
-    "r4": ParallelConfig(ring=4),
-    "u2r2": ParallelConfig(ulysses=2, ring=2),
-    "cfg2": ParallelConfig(cfg=2),
-    "cfg2.u2": ParallelConfig(cfg=2, ulysses=2),
-    "cfg2.r2": ParallelConfig(cfg=2, ring=2),
-    "cfg2.tp2": ParallelConfig(cfg=2, tp=2),
-    "tp2.u2": ParallelConfig(tp=2, ulysses=2),
-    "tp2.r2": ParallelConfig(tp=2, ring=2),
-    "cfg2.tp2.u2": ParallelConfig(cfg=2, tp=2, ulysses=2),
-}
 
 EVEN, UNEVEN, TINY = (128, 128), (112, 144), (16, 32)
 """(height, width): 64 image tokens, which every layout divides; 63, which none does; 2, fewer than ranks."""

@@ -1,41 +1,49 @@
-"""The attention backends: one function each, all with the same arguments and results.
-
-attend(query, key, value, mask, scale) -> output, log_sum_exp
-
-query: (B, Sq, H, D). key, value: (B, Sk, H, D), in the same dtype; strides are free, but for the last dimension.
-mask: None, or additive over the keys, (B, 1, 1, Sk) in the query's dtype. scale: None for 1 / sqrt(D).
-output: (B, Sq, H, D). log_sum_exp: (B, Sq, H) float32, the natural logarithm of the softmax's denominator, by which
-attention over parts of the keys is merged (Milakov and Gimelshein 2018, arXiv:1805.02867); None unless asked for.
-"""
+"""The attention backends: one function each, all with the same arguments and results."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention is computed of.
+
+    query: (B, Sq, H, D). key, value: (B, Sk, H, D), in the same dtype; strides are free, but for the last dimension.
+    mask: None, or additive over the keys, (B, 1, 1, Sk) in the query's dtype. scale: None for 1 / sqrt(D).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+
+    @property
+    def heads_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value as torch's kernels take them, (B, H, S, D)."""
+        return self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2)
+
+
 Attended = tuple[torch.Tensor, torch.Tensor | None]
+"""Output (B, Sq, H, D), and log-sum-exp (B, Sq, H) float32, None unless asked for: the natural logarithm of the
+softmax's denominator, by which attention over parts of the keys is merged (Milakov and Gimelshein 2018,
+arXiv:1805.02867).
+"""
 
 
 class Attend(Protocol):
     """The function of a backend."""
 
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        *,
-        with_lse: bool,
-    ) -> Attended:
-        """See the top of this file."""
+    def __call__(self, inputs: AttentionInputs, *, with_lse: bool) -> Attended:
+        """Attend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,68 +69,46 @@ class AttentionBackend:
         return " or ".join(f"`pip install {package}`" for _, package in self.packages)
 
 
-def _torch_sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    *,
-    with_lse: bool,
-) -> Attended:
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+def _torch_sdpa(inputs: AttentionInputs, *, with_lse: bool) -> Attended:
+    q, k, v = inputs.heads_first
     if not with_lse:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2), None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, scale=inputs.scale).transpose(1, 2), None
     # F.scaled_dot_product_attention keeps the log-sum-exp to itself; the kernels under it do not.
-    if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    elif mask is None and query.dtype != torch.float32 and query.shape[-1] % 8 == 0:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    if inputs.query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=inputs.mask, scale=inputs.scale
+        )
+    elif inputs.mask is None and q.dtype != torch.float32 and q.shape[-1] % 8 == 0:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=inputs.scale)[:2]
     else:
-        bias = None if mask is None else _aligned_bias(mask, q.shape[1], q.shape[2])
-        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
+        bias = None if inputs.mask is None else _aligned_bias(inputs.mask, q.shape[1], q.shape[2])
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=inputs.scale)[:2]
         # This kernel pads the queries.
         lse = lse[:, :, : q.shape[2]]
     return out.transpose(1, 2), lse.transpose(1, 2).float()
 
 
-def _cudnn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    *,
-    with_lse: bool,
-) -> Attended:
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, with_lse, scale=scale)[:2]
+def _cudnn(inputs: AttentionInputs, *, with_lse: bool) -> Attended:
+    q, k, v = inputs.heads_first
+    bias = None if inputs.mask is None else inputs.mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, with_lse, scale=inputs.scale)[:2]
     if not with_lse:
         return out.transpose(1, 2), None
     # (B, H, Sq) or, in newer versions, (B, H, Sq, 1).
     return out.transpose(1, 2), lse.reshape(out.shape[:3]).transpose(1, 2).float()
 
 
-def _flash_attn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    *,
-    with_lse: bool,
-) -> Attended:
-    assert mask is None
-    version = flash_attn_version(query.device)
-    if version == 4:
-        out, lse = _function("flash_attn.cute", "flash_attn_func")(query, key, value, softmax_scale=scale)
-    elif version == 3:
-        flash_attn_3 = _function("flash_attn_interface", "flash_attn_func")
-        out, lse = flash_attn_3(query, key, value, softmax_scale=scale, return_attn_probs=True)[:2]
-    else:
-        flash_attn_2 = _function("flash_attn", "flash_attn_func")
-        out, lse = flash_attn_2(query, key, value, softmax_scale=scale, return_attn_probs=True)[:2]
+_FLASH_ATTN_MODULES = {4: "flash_attn.cute", 3: "flash_attn_interface", 2: "flash_attn"}
+
+
+def _flash_attn(inputs: AttentionInputs, *, with_lse: bool) -> Attended:
+    assert inputs.mask is None
+    version = flash_attn_version(inputs.query.device)
+    assert version is not None
+    flash_attn = _function(_FLASH_ATTN_MODULES[version], "flash_attn_func")
+    # Version 4 gives the log-sum-exp unasked.
+    ask = {} if version == 4 else {"return_attn_probs": True}
+    out, lse = flash_attn(inputs.query, inputs.key, inputs.value, softmax_scale=inputs.scale, **ask)[:2]
     return out, lse.transpose(1, 2).float() if with_lse else None
 
 
@@ -136,31 +122,19 @@ def flash_attn_version(device: torch.device) -> int | None:
     return 2 if capability >= 8 and _is_installed("flash_attn.flash_attn_interface") else None
 
 
-def _sage_attn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    *,
-    with_lse: bool,
-) -> Attended:
-    assert mask is None
+def _sage_attn(inputs: AttentionInputs, *, with_lse: bool) -> Attended:
+    assert inputs.mask is None
     sage = _function("sageattention", "sageattn")
-    result = sage(query, key, value, tensor_layout="NHD", sm_scale=scale, return_lse=with_lse)
+    result = sage(
+        inputs.query, inputs.key, inputs.value, tensor_layout="NHD", sm_scale=inputs.scale, return_lse=with_lse
+    )
     return (result[0], result[1].transpose(1, 2).float()) if with_lse else (result, None)
 
 
-def _flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    *,
-    with_lse: bool,
-) -> Attended:
+def _flex(inputs: AttentionInputs, *, with_lse: bool) -> Attended:
     from torch.nn.attention.flex_attention import AuxRequest
+
+    mask = inputs.mask
 
     def add_mask(
         score: torch.Tensor, row: torch.Tensor, _: torch.Tensor, __: torch.Tensor, key_at: torch.Tensor
@@ -168,25 +142,20 @@ def _flex(
         assert mask is not None
         return score + mask[row, 0, 0, key_at]
 
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    out, aux = _flex_kernel(query.device)(
-        q, k, v, score_mod=None if mask is None else add_mask, scale=scale, return_aux=AuxRequest(lse=with_lse)
+    q, k, v = inputs.heads_first
+    out, aux = _flex_kernel(inputs.query.device)(
+        q, k, v, score_mod=None if mask is None else add_mask, scale=inputs.scale, return_aux=AuxRequest(lse=with_lse)
     )
     return out.transpose(1, 2), aux.lse.transpose(1, 2).float() if with_lse else None
 
 
+@functools.cache
 def _flex_kernel(device: torch.device) -> Any:
     """Compiled for a GPU; on the CPU as it is, slow, since a compiler may be missing."""
-    from torch.nn.attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    if device.type == "cpu":
-        return flex_attention.flex_attention
-    if "flex" not in _compiled:
-        _compiled["flex"] = torch.compile(flex_attention.flex_attention)
-    return _compiled["flex"]
+    return flex_attention if device.type == "cpu" else torch.compile(flex_attention)
 
-
-_compiled: dict[str, Callable[..., Any]] = {}
 
 BACKENDS = {
     backend.name: backend

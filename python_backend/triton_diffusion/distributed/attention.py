@@ -9,17 +9,15 @@ USP (Fang and Zhao 2024, arXiv:2405.07719): Ulysses among ranks with fast links,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from triton_diffusion.attention.backends import BACKENDS, AttentionBackend, key_mask
+from triton_diffusion.attention.backends import BACKENDS, Attended, AttentionBackend, AttentionInputs, key_mask
 from triton_diffusion.distributed.mesh import Axis, Mesh
 from triton_diffusion.distributed.sequence import ShardedSequence
-
-logger = logging.getLogger(__name__)
 
 _Lengths = list[tuple[int, int]]
 """(queries, keys) that each rank of the sequence axis holds."""
@@ -53,11 +51,12 @@ class ParallelAttention:
     ) -> torch.Tensor:
         """Attend; returns this rank's part (B, Sq, H, D)."""
         bias = key_mask(mask, key.shape[1], query.dtype)
+        inputs = AttentionInputs(query, key, value, bias, scale)
         if self._axis.degree == 1:
-            return self._attend(query, key, value, bias, scale, with_lse=False)[0]
+            return self._attend(inputs)[0]
         lengths = self._lengths(query.shape[1], key.shape[1])
         if self._ulysses.degree == 1:
-            return self._attend_ring(query, key, value, bias, scale, [keys for _, keys in lengths])
+            return self._attend_ring(inputs, [keys for _, keys in lengths])
         degree = self._ulysses.degree
         own = lengths[self._ring.rank * degree :][:degree]
         query_sizes, key_sizes = [queries for queries, _ in own], [keys for _, keys in own]
@@ -68,11 +67,12 @@ class ParallelAttention:
             key, value = swap_tokens_for_heads((key, value), key_sizes, self._ulysses)
         if bias is not None:
             bias = self._ulysses.all_gather(bias, key_sizes, dim=3)
+        inputs = AttentionInputs(query, key, value, bias, scale)
         if self._ring.degree == 1:
-            out, _ = self._attend(query, key, value, bias, scale, with_lse=False)
+            out, _ = self._attend(inputs)
         else:
             groups = [lengths[start : start + degree] for start in range(0, len(lengths), degree)]
-            out = self._attend_ring(query, key, value, bias, scale, [sum(k for _, k in group) for group in groups])
+            out = self._attend_ring(inputs, [sum(keys for _, keys in group) for group in groups])
         return swap_heads_for_tokens(out, query_sizes, self._ulysses)
 
     def _lengths(self, num_queries: int, num_keys: int) -> _Lengths:
@@ -84,19 +84,11 @@ class ParallelAttention:
             self._known[streams] = [(queries, keys) for queries, keys in rows]
         return self._known[streams]
 
-    def _attend_ring(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float | None,
-        sizes: Sequence[int],
-    ) -> torch.Tensor:
+    def _attend_ring(self, inputs: AttentionInputs, sizes: Sequence[int]) -> torch.Tensor:
         """sizes: keys of each ring rank."""
-        ring = self._ring
+        ring, bias = self._ring, inputs.mask
         biases = None if bias is None else ring.all_gather(bias, sizes, dim=3).split(list(sizes), dim=3)
-        block = torch.stack((key, value))
+        block = torch.stack((inputs.key, inputs.value))
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for turn in range(ring.degree):
             source = (ring.rank - turn) % ring.degree
@@ -107,33 +99,22 @@ class ParallelAttention:
                 works = ring.pass_on(block, following)
             part_bias = None if biases is None else biases[source].contiguous()
             if sizes[source]:
-                part = self._attend(query, block[0], block[1], part_bias, scale, with_lse=True)
-                merged = merge(merged, part)
+                part = replace(inputs, key=block[0], value=block[1], mask=part_bias)
+                merged = merge(merged, self._attend(part, with_lse=True))
             for work in works:
                 work.wait()
             block = following
         assert merged is not None
-        return merged[0].to(query.dtype)
+        return merged[0].to(inputs.query.dtype)
 
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float | None,
-        *,
-        with_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend(self, inputs: AttentionInputs, *, with_lse: bool = False) -> Attended:
         backend = self._backend
-        if bias is not None and not backend.takes_mask:
+        if inputs.mask is not None and not backend.takes_mask:
             backend = BACKENDS["torch_sdpa"]
-        return backend.attend(query, key, value, bias, scale, with_lse=with_lse)
+        return backend.attend(inputs, with_lse=with_lse)
 
 
-def merge(
-    merged: tuple[torch.Tensor, torch.Tensor] | None, part: tuple[torch.Tensor, torch.Tensor | None]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(merged: tuple[torch.Tensor, torch.Tensor] | None, part: Attended) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over some keys and over others to attention over both, in float32.
 
     Each is (output (B, Sq, H, D), log-sum-exp (B, Sq, H)). With weights exp(lse) / (exp(lse) + exp(lse')), that of the

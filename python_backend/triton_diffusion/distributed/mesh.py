@@ -17,12 +17,10 @@ class Traffic:
     """What this rank has sent over an axis."""
 
     sent_bytes: int = 0
-    num_calls: int = 0
 
     def add(self, num_bytes: int) -> None:
         """Count one collective."""
         self.sent_bytes += num_bytes
-        self.num_calls += 1
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput
 
 from triton_diffusion.distributed.mesh import Axis, split_sizes
 
@@ -103,8 +104,6 @@ def plan_from_diffusers(model: torch.nn.Module, *, gather_like: str) -> Sequence
 
     Its own hooks refuse lengths that do not divide, and know one mesh and no masks; the plan itself is what we need.
     """
-    from diffusers.models._modeling_parallel import ContextParallelInput
-
     inputs: dict[str, dict[str, Shard]] = {}
     outputs: dict[str, list[Shard | Gather | None]] = {}
     for path, entry in (getattr(model, "_cp_plan", None) or {}).items():

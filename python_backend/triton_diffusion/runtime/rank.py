@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, TypeVar
 
@@ -26,13 +25,7 @@ import zmq
 from torch._C._distributed_c10d import Store, TCPStore
 
 from triton_diffusion.distributed.group import RankGroup, RanksDivergedError
-from triton_diffusion.distributed.tiles import share_tiles
-from triton_diffusion.distributed.transformer import prepare_transformer
 from triton_diffusion.errors import DiffusionError
-from triton_diffusion.families.base import ModelFamily
-from triton_diffusion.families.registry import find_family
-from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.loading.components import Components, load_components
 from triton_diffusion.runtime import messages
 from triton_diffusion.runtime.calibration import (
     Calibration,
@@ -54,7 +47,7 @@ from triton_diffusion.runtime.messages import (
     Shutdown,
 )
 from triton_diffusion.runtime.rank_executor import RankExecutor
-from triton_diffusion.stages.plan import make_plan
+from triton_diffusion.runtime.stage_loading import LoadedStage, load_stage
 
 logger = logging.getLogger(__name__)
 
@@ -151,15 +144,6 @@ def _end_with_service(lifeline: BinaryIO, launch: RankLaunch) -> None:
     os._exit(0)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """What a rank has loaded."""
-
-    executor: RankExecutor
-    family: ModelFamily
-    components: Components
-
-
 def _load(launch: RankLaunch, group: RankGroup, channel: _ServiceChannel | None) -> RankExecutor | None:
     """Make the stage on this rank ready; None if that failed on any rank."""
     started = time.monotonic()
@@ -189,6 +173,8 @@ def _on_all_ranks(group: RankGroup, run: Callable[[], _Result]) -> _Result:
     result: _Result | None = None
     try:
         result = run()
+    except RanksDivergedError:
+        raise
     except Exception as error:
         if not isinstance(error, DiffusionError):
             logger.exception("loading failed")
@@ -199,31 +185,19 @@ def _on_all_ranks(group: RankGroup, run: Callable[[], _Result]) -> _Result:
     return result
 
 
-def _load_stage(launch: RankLaunch, group: RankGroup) -> _Stage:
-    checkpoint = open_checkpoint(launch.model_path)
-    family = find_family(checkpoint)
-    tp = group.mesh.tp
-    components = load_components(
-        checkpoint,
-        family.stage_components[launch.stage_model],
+def _load_stage(launch: RankLaunch, group: RankGroup) -> LoadedStage:
+    return load_stage(
+        launch.stage_model,
+        launch.model_path,
+        group,
         dtype=choose_dtype(launch.dtype, group.device),
-        device=group.device,
-        tensor_plans=family.parallelize.tensor_plans(checkpoint) if tp.degree > 1 else {},
-        tp=tp,
+        attention_backend=launch.attention_backend,
+        vae_tiling=launch.vae_tiling,
+        prompt_cache_bytes=launch.prompt_cache_bytes,
     )
-    if launch.stage_model == "denoising":
-        transformer = components["transformer"]
-        sequence_plan = family.parallelize.sequence_plan(transformer)
-        prepare_transformer(transformer, sequence_plan, group.mesh, launch.attention_backend)
-        if launch.parallel.cfg > 1 and not family.has_true_guidance:
-            logger.warning("%s has no unconditional prediction: enable_cfg_parallel divides batches only", family.name)
-    if launch.stage_model == "decoding":
-        share_tiles(components["vae"], group, launch.vae_tiling)
-    plan = make_plan(launch.stage_model, family, components, group, prompt_cache_bytes=launch.prompt_cache_bytes)
-    return _Stage(RankExecutor(launch.stage_model, plan, group), family, components)
 
 
-def _prepare(launch: RankLaunch, stage: _Stage, group: RankGroup) -> Calibration:
+def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibration:
     """Settle max_batch_tokens and run what shall be warm; every rank calls this, and all return the same.
 
     An exception is the same on every rank too: what a tick fails with, the ranks have agreed on.

@@ -35,7 +35,8 @@ LAYOUTS = {
 _BFLOAT16_LAYOUTS = ("u2", "r2", "tp2", "cfg2")
 
 _LATENT_GOAL = 1e-4
-_TP2_WEIGHTS_GOAL = 0.55
+TP2_WEIGHTS_GOAL = 0.55
+"""Weights of a rank over the whole, at most."""
 _NUM_HEADS, _HEAD_DIM = 4, 32
 _NUM_LAYERS, _NUM_SINGLE_LAYERS = 2, 4
 _TEXT_TOKENS = 48
@@ -136,7 +137,7 @@ def _figures(
             name=f"layout {name}: weights of a rank over the whole",
             value=share,
             unit="x",
-            at_most=_TP2_WEIGHTS_GOAL if name == "tp2" else None,
+            at_most=TP2_WEIGHTS_GOAL if name == "tp2" else None,
         ),
     ]
     height, width = _SIZES[0]

@@ -16,15 +16,13 @@ from torch._C._distributed_c10d import FileStore
 
 from benchmarks.layouts.messages import Denoised, DenoiseJob, Failed, Row
 from triton_diffusion.distributed.group import RankGroup
-from triton_diffusion.distributed.transformer import prepare_transformer
 from triton_diffusion.families.registry import find_family
-from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.loading.components import Components, load_components
+from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest, example_request
 from triton_diffusion.runtime.messages import AdmitRequest, RunTick
 from triton_diffusion.runtime.rank_executor import RankExecutor
+from triton_diffusion.runtime.stage_loading import load_stage
 from triton_diffusion.stages.executor import pack_tensors
-from triton_diffusion.stages.plan import make_plan
 from triton_diffusion.state import RequestState
 
 _TEXT_TOKENS = 48
@@ -68,21 +66,9 @@ def _load(job: DenoiseJob) -> Loaded:
     size = job.parallel.num_ranks
     store = FileStore(job.store, size) if size > 1 else None
     group = RankGroup(rank=job.rank, size=size, device=torch.device("cpu"), store=store, parallel=job.parallel)
-    checkpoint = open_checkpoint(job.checkpoint)
-    family = find_family(checkpoint)
-    components = load_components(
-        checkpoint,
-        family.stage_components["denoising"],
-        dtype=getattr(torch, job.dtype),
-        device=group.device,
-        tensor_plans=family.parallelize.tensor_plans(checkpoint),
-        tp=group.mesh.tp,
-    )
-    transformer = components["transformer"]
-    plan = family.parallelize.sequence_plan(transformer)
-    prepare_transformer(transformer, plan, group.mesh, job.attention_backend)
-    stages = make_plan("denoising", family, components, group)
-    return Loaded(group, components, RankExecutor("denoising", stages, group))
+    dtype = getattr(torch, job.dtype)
+    stage = load_stage("denoising", job.checkpoint, group, dtype=dtype, attention_backend=job.attention_backend)
+    return Loaded(group, stage.components, stage.executor)
 
 
 def _denoise(job: DenoiseJob, loaded: Loaded) -> Denoised:

@@ -1,0 +1,67 @@
+"""Load a stage on a rank: its components, shared with the other ranks as the mesh says, and what runs them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from triton_diffusion.config import VaeTiling
+from triton_diffusion.distributed.group import RankGroup
+from triton_diffusion.distributed.tiles import share_tiles
+from triton_diffusion.distributed.transformer import prepare_transformer
+from triton_diffusion.families.base import ModelFamily
+from triton_diffusion.families.registry import find_family
+from triton_diffusion.loading.checkpoint import open_checkpoint
+from triton_diffusion.loading.components import Components, load_components
+from triton_diffusion.runtime.rank_executor import RankExecutor
+from triton_diffusion.stages.plan import make_plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedStage:
+    """What a rank has loaded."""
+
+    executor: RankExecutor
+    family: ModelFamily
+    components: Components
+
+
+def load_stage(
+    stage_model: str,
+    model_path: str,
+    group: RankGroup,
+    *,
+    dtype: torch.dtype,
+    attention_backend: str = "auto",
+    vae_tiling: VaeTiling = "auto",
+    prompt_cache_bytes: int = 0,
+) -> LoadedStage:
+    """Load the stage model "text_encoding", "denoising" or "decoding"; every rank of the group must call this.
+
+    Raises:
+        ConfigurationError: the checkpoint or the attention backend cannot be used.
+    """
+    checkpoint = open_checkpoint(model_path)
+    family = find_family(checkpoint)
+    mesh = group.mesh
+    components = load_components(
+        checkpoint,
+        family.stage_components[stage_model],
+        dtype=dtype,
+        device=group.device,
+        tensor_plans=family.parallelize.tensor_plans(checkpoint) if mesh.tp.degree > 1 else {},
+        tp=mesh.tp,
+    )
+    if stage_model == "denoising":
+        transformer = components["transformer"]
+        prepare_transformer(transformer, family.parallelize.sequence_plan(transformer), mesh, attention_backend)
+        if mesh.cfg.degree > 1 and not family.has_true_guidance:
+            logger.warning("%s has no unconditional prediction: enable_cfg_parallel divides batches only", family.name)
+    if stage_model == "decoding":
+        share_tiles(components["vae"], group, vae_tiling)
+    plan = make_plan(stage_model, family, components, group, prompt_cache_bytes=prompt_cache_bytes)
+    return LoadedStage(RankExecutor(stage_model, plan, group), family, components)
