@@ -1,4 +1,4 @@
-"""Encoding of pictures; no torch, no files."""
+"""A picture to bytes."""
 
 from __future__ import annotations
 

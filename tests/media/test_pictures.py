@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from triton_diffusion.media import encode_picture
-from triton_diffusion.request import OUTPUT_FORMATS
+from triton_diffusion.request import PICTURE_FORMATS
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8)
 GRADIENT = np.broadcast_to(np.linspace(0, 255, 64, dtype=np.uint8)[:, None, None], (64, 64, 3)).copy()
@@ -22,7 +22,7 @@ def test_png_keeps_every_pixel() -> None:
     np.testing.assert_array_equal(np.asarray(picture), PICTURE)
 
 
-@pytest.mark.parametrize("name", [name for name in OUTPUT_FORMATS if name.startswith("b64_")])
+@pytest.mark.parametrize("name", [name for name in PICTURE_FORMATS if name.startswith("b64_")])
 def test_a_b64_format_is_the_same_file_as_base64_text(name: str) -> None:
     text = encode_picture(PICTURE, name, 90)
     assert base64.b64decode(text, validate=True) == encode_picture(PICTURE, name.removeprefix("b64_"), 90)
