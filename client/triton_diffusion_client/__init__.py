@@ -3,6 +3,7 @@
 Needs neither torch nor a GPU.
 """
 
+from triton_diffusion_client._input_images import InputImage
 from triton_diffusion_client._protocol import GenerationOptions, StreamOptions
 from triton_diffusion_client.async_client import AsyncDiffusionClient
 from triton_diffusion_client.client import DiffusionClient
@@ -16,9 +17,11 @@ from triton_diffusion_client.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from triton_diffusion_client.families import Family, Parameter
 from triton_diffusion_client.results import (
     Event,
     GeneratedImage,
+    GeneratedVideo,
     GenerationResult,
     Preview,
     Progress,
@@ -31,11 +34,15 @@ __all__ = [
     "DiffusionClient",
     "DiffusionClientError",
     "Event",
+    "Family",
     "GeneratedImage",
+    "GeneratedVideo",
     "GenerationOptions",
     "GenerationResult",
+    "InputImage",
     "InvalidRequestError",
     "ModelNotFoundError",
+    "Parameter",
     "Preview",
     "Progress",
     "RequestCancelledError",

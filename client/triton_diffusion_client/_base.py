@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from triton_diffusion_client._connection import open_connection
+from triton_diffusion_client._model_names import DEFAULT_NAME, helper_name, stream_name
 from triton_diffusion_client._protocol import (
     GenerationOptions,
     StreamOptions,
     TransportName,
     WireRequest,
     build_cancel_request,
+    build_families_request,
     build_request,
     check_text,
     check_timeout,
@@ -40,9 +42,9 @@ class BaseClient:
         url: str | None = None,
         protocol: TransportName = "grpc",
         *,
-        model: str = "diffusion",
-        stream_model: str = "diffusion_stream",
-        cancellation_model: str = "cancellation",
+        model: str = DEFAULT_NAME,
+        stream_model: str | None = None,
+        cancellation_model: str | None = None,
         cancel_scope: str | None = None,
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
@@ -61,8 +63,9 @@ class BaseClient:
             certificate_chain=certificate_chain,
         )
         self._model = model
-        self._stream_model = stream_model
-        self._cancellation_model = cancellation_model
+        self._stream_model = stream_model or stream_name(model)
+        self._cancellation_model = cancellation_model or helper_name(model, "cancellation")
+        self._families_model = helper_name(model, "families")
         self._cancel_scope = uuid.uuid4().hex if cancel_scope is None else check_text("cancel_scope", cancel_scope)
         self._timeout_s = check_timeout(timeout_s)
         self._closed = False
@@ -75,12 +78,12 @@ class BaseClient:
         return f"{type(self).__name__}({self._connection.address!r}, {self._connection.protocol!r})"
 
     def _build_request(self, prompt: str, options: Mapping[str, Any]) -> WireRequest:
-        return self._build_picture_request(self._model, prompt, options, GenerationOptions)
+        return self._build_chain_request(self._model, prompt, options, GenerationOptions)
 
     def _build_stream_request(self, prompt: str, options: Mapping[str, Any]) -> WireRequest:
-        return self._build_picture_request(self._stream_model, prompt, options, StreamOptions)
+        return self._build_chain_request(self._stream_model, prompt, options, StreamOptions)
 
-    def _build_picture_request(
+    def _build_chain_request(
         self, model: str, prompt: str, options: Mapping[str, Any], allowed: type[GenerationOptions]
     ) -> WireRequest:
         self._require_open()
@@ -98,6 +101,10 @@ class BaseClient:
         return build_cancel_request(
             self._cancellation_model, request_id, cancel_scope=self._cancel_scope, timeout_s=self._timeout_s
         )
+
+    def _build_families_request(self, name: str | None) -> WireRequest:
+        self._require_open()
+        return build_families_request(self._families_model, name, timeout_s=self._timeout_s)
 
     def _require_open(self) -> None:
         if self._closed:

@@ -46,9 +46,9 @@ def open_connection(
     protocol: TransportName,
     headers: Mapping[str, str] | None,
     ssl: bool,
-    root_certificates: str | Path | None,
-    private_key: str | Path | None,
-    certificate_chain: str | Path | None,
+    root_certificates: str | Path | None = None,
+    private_key: str | Path | None = None,
+    certificate_chain: str | Path | None = None,
 ) -> Connection:
     """Check the arguments of a client. Raises ValueError."""
     if protocol not in DEFAULT_URLS:

@@ -9,40 +9,32 @@ import sys
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from tqdm import tqdm
 
 from triton_diffusion_client._output_files import OutputFiles, plan_output
 from triton_diffusion_client._protocol import GenerationOptions
-from triton_diffusion_client._terminal import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_INVALID,
-    EXIT_OK,
-    print_error,
-    print_line,
-)
+from triton_diffusion_client._terminal import EXIT_OK, client_options, print_line, report_error, run_command
 from triton_diffusion_client.async_client import AsyncDiffusionClient
-from triton_diffusion_client.errors import (
-    DeadlineExceededError,
-    DiffusionClientError,
-    InvalidRequestError,
-    ModelNotFoundError,
-    RequestTimeoutError,
-)
-from triton_diffusion_client.results import GeneratedImage, GenerationResult, Preview, Progress
+from triton_diffusion_client.errors import DiffusionClientError, ModelNotFoundError
+from triton_diffusion_client.results import GeneratedImage, GeneratedVideo, GenerationResult, Preview, Progress
 
 if TYPE_CHECKING:
     ProgressBar = tqdm[NoReturn]
 
 _OPTIONS = (
     "negative_prompt",
+    "strength",
     "height",
     "width",
+    "num_frames",
+    "fps",
     "num_inference_steps",
     "guidance_scale",
     "embedded_guidance_scale",
+    "flow_shift",
     "seed",
     "num_images_per_prompt",
     "max_sequence_length",
@@ -58,24 +50,31 @@ _MAX_BAR_LABEL_LENGTH = 32
 
 def generate(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    return run_command(lambda: _generate(args), interrupted="the requests under way were cancelled")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if args.request_id is not None and len(args.prompt) != 1:
+        raise ValueError(
+            f"--request-id {args.request_id} names one request, but {len(args.prompt)} prompts are given; "
+            "give one --prompt, or no --request-id"
+        )
+    num_outputs = len(args.prompt) * (args.num_images_per_prompt or 1)
+    files = plan_output(args.output, args.output_format, num_outputs)
+    options = {option: getattr(args, option) for option in _OPTIONS}
+    options |= {"image": _read_images(args.image), "output_format": files.output_format}
+    return asyncio.run(_generate_all(args, cast(GenerationOptions, options), files))
+
+
+def _read_images(paths: list[str]) -> list[bytes] | None:
+    """The files once, for all prompts; None for none. Raises ValueError for one that cannot be read."""
     try:
-        if args.request_id is not None and len(args.prompt) != 1:
-            raise ValueError(
-                f"--request-id {args.request_id} names one request, but {len(args.prompt)} prompts are given; "
-                "give one --prompt, or no --request-id"
-            )
-        num_pictures = len(args.prompt) * (args.num_images_per_prompt or 1)
-        files = plan_output(args.output, args.output_format, num_pictures)
-        return asyncio.run(_generate_all(args, files))
-    except (ValueError, TypeError) as error:
-        print_error(str(error))
-        return EXIT_INVALID
-    except KeyboardInterrupt:
-        print_error("interrupted; the requests under way were cancelled")
-        return EXIT_INTERRUPTED
+        return [Path(path).read_bytes() for path in paths] or None
+    except OSError as error:
+        raise ValueError(f"--image {error.filename}: {error.strerror}") from error
 
 
-async def _generate_all(args: argparse.Namespace, files: OutputFiles) -> int:
+async def _generate_all(args: argparse.Namespace, options: GenerationOptions, files: OutputFiles) -> int:
     # The lines of the terminal that are free for a progress bar: as many as requests may run at a time.
     positions: asyncio.Queue[int] = asyncio.Queue()
     for position in range(args.concurrency):
@@ -84,52 +83,39 @@ async def _generate_all(args: argparse.Namespace, files: OutputFiles) -> int:
     async def run(prompt: str) -> int:
         position = await positions.get()
         try:
-            return await _generate_one(client, prompt, position, args, files)
+            return await _generate_one(client, prompt, position, args, options, files)
         finally:
             positions.put_nowait(position)
 
     async with AsyncDiffusionClient(
-        args.url,
-        args.protocol,
         model=args.model,
         stream_model=args.stream_model,
         cancel_scope=args.cancel_scope,
-        timeout_s=args.timeout_s,
-        headers=dict(args.header),
-        ssl=args.ssl,
+        **client_options(args),
     ) as client:
         codes = await asyncio.gather(*(run(prompt) for prompt in args.prompt))
     return max(codes)
 
 
 async def _generate_one(
-    client: AsyncDiffusionClient, prompt: str, position: int, args: argparse.Namespace, files: OutputFiles
+    client: AsyncDiffusionClient,
+    prompt: str,
+    position: int,
+    args: argparse.Namespace,
+    options: GenerationOptions,
+    files: OutputFiles,
 ) -> int:
     label = prompt if len(prompt) <= _MAX_BAR_LABEL_LENGTH else f"{prompt[: _MAX_BAR_LABEL_LENGTH - 1]}…"
     where = f"{label!r}: " if len(args.prompt) > 1 else ""
     try:
         if args.no_stream:
-            result = await client.generate(prompt, **_options(args, files))
+            result = await client.generate(prompt, **options)
         else:
-            result = await _stream_one(client, prompt, label, position, args, files)
-        for image in result.outputs:
-            _report(image, result, prompt, args, files)
-    except ModelNotFoundError as error:
-        hint = "" if args.no_stream else f"; a server without {args.stream_model!r} may do with --no-stream"
-        print_error(f"{where}{error}{hint}")
-        return EXIT_FAILED
-    except InvalidRequestError as error:
-        print_error(f"{where}{error}")
-        return EXIT_INVALID
-    except RequestTimeoutError as error:
-        print_error(f"{where}{error}; allow more with --timeout-s")
-        return EXIT_FAILED
-    except DeadlineExceededError as error:
-        print_error(f"{where}{error}; allow more with --deadline-s, or take it late with --deadline-action continue")
-        return EXIT_FAILED
+            result = await _stream_one(client, prompt, label, position, args, options, files)
+        for output in result.outputs:
+            _report(output, result, prompt, args, files)
     except (DiffusionClientError, OSError) as error:
-        print_error(f"{where}{error}")
-        return EXIT_FAILED
+        return report_error(error, where=where, hints={ModelNotFoundError: _model_hint(args)})
     for warning in result.warnings:
         print_line(f"warning: {where}{warning}", sys.stderr)
     return EXIT_OK
@@ -141,9 +127,10 @@ async def _stream_one(
     label: str,
     position: int,
     args: argparse.Namespace,
+    options: GenerationOptions,
     files: OutputFiles,
 ) -> GenerationResult:
-    events = client.stream(prompt, preview_interval=args.preview_interval, **_options(args, files))
+    events = client.stream(prompt, preview_interval=args.preview_interval, **options)
     with _progress_bar(label, position, args.quiet) as bar:
         async with aclosing(events):
             async for event in events:
@@ -159,9 +146,9 @@ async def _stream_one(
     raise AssertionError("a stream ends with a result or an error")
 
 
-def _options(args: argparse.Namespace, files: OutputFiles) -> GenerationOptions:
-    options = {option: getattr(args, option) for option in _OPTIONS}
-    return cast(GenerationOptions, {**options, "output_format": files.output_format})
+def _model_hint(args: argparse.Namespace) -> str:
+    name_it = "name the server's chain with --model"
+    return name_it if args.no_stream else f"{name_it}; a server without such a stream may do with --no-stream"
 
 
 @contextmanager
@@ -191,19 +178,19 @@ def _show(bar: ProgressBar, progress: Progress) -> None:
 
 
 def _report(
-    image: GeneratedImage,
+    output: GeneratedImage | GeneratedVideo,
     result: GenerationResult,
     prompt: str,
     args: argparse.Namespace,
     files: OutputFiles,
 ) -> None:
-    path = files.save_picture(image.data, prompt, image.seed)
+    path = files.save_output(output.data, prompt, output.seed)
     timings = result.timings
     if args.json:
         fields = {
             "path": str(path),
             "prompt": prompt,
-            "seed": image.seed,
+            "seed": output.seed,
             "request_id": result.request_id,
             "timings": asdict(timings),
             "warnings": list(result.warnings),
@@ -214,4 +201,4 @@ def _report(
     else:
         parts = {"queue": timings.queue_s, **timings.stages_s}
         spent = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
-        print_line(f"{path}  seed {image.seed}  {timings.total_s:.2f} s ({spent})", sys.stdout)
+        print_line(f"{path}  seed {output.seed}  {timings.total_s:.2f} s ({spent})", sys.stdout)

@@ -13,8 +13,9 @@ from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from tritonclient.utils import serialize_byte_tensor
 
+from triton_diffusion_client._answers import ModelState, Outputs
 from triton_diffusion_client._connection import Connection
-from triton_diffusion_client._protocol import Outputs, WireRequest
+from triton_diffusion_client._protocol import WireRequest
 from triton_diffusion_client.errors import (
     DiffusionClientError,
     InvalidRequestError,
@@ -144,6 +145,27 @@ class GrpcTransport:
             raise to_client_error(error, self._connection, request) from None
         finally:
             call.cancel()
+
+    def list_models(self, request: WireRequest) -> list[ModelState]:
+        """The models in the server's repository, loaded or not; the request names none."""
+        answer = self._control(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(), request)
+        return [ModelState(entry.name, entry.state) for entry in answer.models]
+
+    def load_model(self, request: WireRequest) -> None:
+        """Load a model; returns when it is ready."""
+        message = service_pb2.RepositoryModelLoadRequest(model_name=request.model)
+        self._control(self._stub.RepositoryModelLoad, message, request)
+
+    def unload_model(self, request: WireRequest) -> None:
+        """Ask the server to unload a model; it does so once the model's requests are done."""
+        message = service_pb2.RepositoryModelUnloadRequest(model_name=request.model)
+        self._control(self._stub.RepositoryModelUnload, message, request)
+
+    def _control(self, call: Any, message: Any, request: WireRequest) -> Any:
+        try:
+            return call(message, timeout=request.timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise to_client_error(error, self._connection, request) from None
 
     def is_ready(self, model: str, timeout_s: float) -> bool:
         """Whether the server and the model are ready. Raises DiffusionClientError if the server does not say."""

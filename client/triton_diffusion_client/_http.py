@@ -6,6 +6,7 @@ step, but a single answer is made to the end unless the model keeps to the time-
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import ssl
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.http import InferenceServerClient, InferInput, InferResult
 
+from triton_diffusion_client._answers import ModelState, Outputs
 from triton_diffusion_client._connection import Connection
-from triton_diffusion_client._protocol import Outputs, WireRequest
+from triton_diffusion_client._protocol import WireRequest
 from triton_diffusion_client.errors import (
     DiffusionClientError,
     InvalidRequestError,
@@ -31,8 +33,8 @@ from triton_diffusion_client.errors import (
     error_from_status,
 )
 
-# A stream is JSON text, so a picture in it is base64.
-_TEXT_FORMATS = {"png": "b64_png", "jpeg": "b64_jpeg", "webp": "b64_webp"}
+# A stream is JSON text, so a picture or video in it is base64.
+_TEXT_FORMATS = {name: f"b64_{name}" for name in ("png", "jpeg", "webp", "mp4", "webm", "gif")}
 _EVENT_STREAM = "text/event-stream"
 _READ_SIZE_BYTES = 1 << 16
 
@@ -57,7 +59,8 @@ def to_infer_request(request: WireRequest) -> HttpRequest:
     body, header_length = InferenceServerClient.generate_request_body(
         inputs, request_id=request.request_id, timeout=timeout_us, parameters=dict(request.parameters)
     )
-    headers = {"Inference-Header-Content-Length": str(header_length)}
+    # Without any input all of the body is JSON, and there is no length to tell it by.
+    headers = {} if header_length is None else {"Inference-Header-Content-Length": str(header_length)}
     return HttpRequest(_model_path(request, "infer"), headers, body)
 
 
@@ -66,19 +69,26 @@ def to_stream_request(request: WireRequest) -> HttpRequest:
 
     Triton takes a field that names no input for a parameter of the request.
     """
-    output_format = _TEXT_FORMATS.get(request.output_format, request.output_format)
-    if not output_format.startswith("b64_"):
+    fields: dict[str, Any] = {**request.values, **request.parameters, "id": request.request_id}
+    if request.output_format is not None:
+        fields["output_format"] = _TEXT_FORMATS.get(request.output_format, request.output_format)
+    if not fields.get("output_format", "b64_").startswith("b64_"):
         raise ValueError(
             f"output_format={request.output_format!r} cannot be streamed over HTTP, which carries text; "
             f"use {', '.join(map(repr, _TEXT_FORMATS))}, protocol='grpc', or generate()"
         )
-    fields = {**request.values, **request.parameters, "id": request.request_id, "output_format": output_format}
+    if request.images:
+        fields["image"] = [base64.b64encode(image).decode() for image in request.images]
     headers = {"Content-Type": "application/json"}
     return HttpRequest(_model_path(request, "generate_stream"), headers, json.dumps(fields).encode())
 
 
 def _model_path(request: WireRequest, verb: str) -> str:
     return f"/v2/models/{quote(request.model, safe='')}/{verb}"
+
+
+def _to_control_request(request: WireRequest, verb: str) -> HttpRequest:
+    return HttpRequest(f"/v2/repository/models/{quote(request.model, safe='')}/{verb}", {}, b"{}")
 
 
 def read_infer_response(status: int, headers: Any, body: bytes, request: WireRequest) -> Outputs:
@@ -224,11 +234,35 @@ class HttpTransport:
 
     def infer(self, request: WireRequest) -> Outputs:
         """Send a request and wait for its one response."""
-        post = to_infer_request(request)
+        status, headers, body = self._post(to_infer_request(request), request)
+        return read_infer_response(status, headers, body, request)
+
+    def list_models(self, request: WireRequest) -> list[ModelState]:
+        """The models in the server's repository, loaded or not; the request names none."""
+        status, headers, body = self._post(HttpRequest("/v2/repository/index", {}, b"{}"), request)
+        if status != http.client.OK:
+            raise _error(status, headers, body, request)
+        return [ModelState(str(entry["name"]), str(entry.get("state", ""))) for entry in json.loads(body)]
+
+    def load_model(self, request: WireRequest) -> None:
+        """Load a model; returns when it is ready."""
+        self._control(request, "load")
+
+    def unload_model(self, request: WireRequest) -> None:
+        """Ask the server to unload a model; it does so once the model's requests are done."""
+        self._control(request, "unload")
+
+    def _control(self, request: WireRequest, verb: str) -> None:
+        status, headers, body = self._post(_to_control_request(request, verb), request)
+        if status != http.client.OK:
+            raise _error(status, headers, body, request)
+
+    def _post(self, post: HttpRequest, request: WireRequest) -> tuple[int, Any, bytes]:
+        """Status, headers and body of the answer."""
         exchange = _Exchange(self._connection, self._context, request.timeout_s)
         try:
             exchange.send("POST", post.path, post.headers, post.body)
-            return read_infer_response(exchange.status, exchange.headers, b"".join(exchange.pieces()), request)
+            return exchange.status, exchange.headers, b"".join(exchange.pieces())
         except (OSError, http.client.HTTPException) as error:
             raise self._to_client_error(error, request) from None
         finally:

@@ -1,4 +1,4 @@
-"""Where the command line puts pictures, and how it names them."""
+"""Where the command line puts pictures and videos, and how it names them."""
 
 from __future__ import annotations
 
@@ -7,58 +7,67 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+from triton_diffusion_client.results import file_format
+
+_SUFFIXES = {"jpeg": ".jpg"}
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_FORMATS |= {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
 _MAX_SLUG_LENGTH = 60
 
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """A folder to fill, or the one file to write."""
+    """A folder to fill, or the one file to write. In a folder a file's suffix is that of its content."""
 
     path: Path
     is_file: bool
-    output_format: str
+    output_format: str | None
+    """To ask the server for; None: its own choice."""
 
-    def save_picture(self, data: bytes, prompt: str, seed: int) -> Path:
-        """Write a picture. In a folder nothing is overwritten; a file that was named is."""
+    def save_output(self, data: bytes, prompt: str, seed: int) -> Path:
+        """Write a picture or video. In a folder nothing is overwritten; a file that was named is."""
         if self.is_file:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_bytes(data)
             return self.path
-        return self._save_new(self.path, f"{slugify(prompt)}-{seed}", data)
+        return _save_new(self.path, f"{slugify(prompt)}-{seed}", data)
 
     def save_preview(self, data: bytes, prompt: str, step: int) -> Path:
         """Write a preview, under a name that tells its step."""
         folder, name = (self.path.parent, self.path.stem) if self.is_file else (self.path, slugify(prompt))
-        return self._save_new(folder, f"{name}-step-{step:03}", data)
-
-    def _save_new(self, folder: Path, name: str, data: bytes) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        suffix = _SUFFIXES[self.output_format]
-        count = 1
-        while True:
-            path = folder / f"{name}{'' if count == 1 else f'-{count}'}{suffix}"
-            try:
-                with path.open("xb") as file:
-                    file.write(data)
-                return path
-            except FileExistsError:
-                count += 1
+        return _save_new(folder, f"{name}-step-{step:03}", data)
 
 
-def plan_output(output: str, output_format: str | None, num_pictures: int) -> OutputFiles:
-    """A path that ends like a picture file is a file, any other a folder. Raises ValueError if wishes contradict."""
+def _save_new(folder: Path, name: str, data: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = file_format(data)
+    suffix = _SUFFIXES.get(kind, f".{kind}")
+    count = 1
+    while True:
+        path = folder / f"{name}{'' if count == 1 else f'-{count}'}{suffix}"
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+            return path
+        except FileExistsError:
+            count += 1
+
+
+def plan_output(output: str, output_format: str | None, num_outputs: int) -> OutputFiles:
+    """A path that ends like a picture or video is a file, any other a folder. Raises ValueError for a contradiction."""
     path = Path(output)
     named_format = None if path.is_dir() or output.endswith("/") else _FORMATS.get(path.suffix.lower())
     if named_format is None:
         if path.exists() and not path.is_dir():
-            raise ValueError(f"{output} is a file, but not a picture; name a folder, or a .png, .jpg or .webp file")
-        return OutputFiles(path, False, output_format or "png")
+            raise ValueError(
+                f"{output} is a file, but no picture or video; name a folder, or a file that ends with one of "
+                f"{', '.join(_FORMATS)}"
+            )
+        return OutputFiles(path, False, output_format)
     if output_format not in (None, named_format):
         raise ValueError(f"{output} is a {named_format} file, but the output format is {output_format}; change one")
-    if num_pictures != 1:
-        raise ValueError(f"{output} is one file, but {num_pictures} pictures are asked for; name a folder")
+    if num_outputs != 1:
+        raise ValueError(f"{output} is one file, but {num_outputs} outputs are asked for; name a folder")
     return OutputFiles(path, True, named_format)
 
 

@@ -1,16 +1,65 @@
-"""What the commands that ask a server have in common: their exit codes, and lines that spare the progress bars."""
+"""What the commands that ask a server have in common: exit codes, how they report errors, how they reach the server."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from triton_diffusion_client.errors import (
+    DeadlineExceededError,
+    DiffusionClientError,
+    InvalidRequestError,
+    RequestTimeoutError,
+)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_INVALID = 2
 EXIT_INTERRUPTED = 130
+
+Hints = Mapping[type[Exception], str]
+"""By kind of error, what to do about it."""
+
+_HINTS: Hints = {
+    RequestTimeoutError: "allow more with --timeout-s",
+    DeadlineExceededError: "allow more with --deadline-s, or take it late with --deadline-action continue",
+}
+
+
+def run_command(run: Callable[[], int], *, interrupted: str, hints: Hints | None = None) -> int:
+    """The exit code of `run`, or of the error that it raised, which is reported.
+
+    interrupted: what Ctrl-C leaves behind. hints: beside those for time-outs and deadlines.
+    """
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print_error(f"interrupted; {interrupted}")
+        return EXIT_INTERRUPTED
+    except (DiffusionClientError, ValueError, TypeError, OSError) as error:
+        return report_error(error, hints=hints)
+
+
+def report_error(error: Exception, *, where: str = "", hints: Hints | None = None) -> int:
+    """Print an error with what to do about it, and return the exit code for it. where: what it is about."""
+    hint = {**_HINTS, **(hints or {})}.get(type(error))
+    print_error(f"{where}{error}{f'; {hint}' if hint else ''}")
+    return EXIT_INVALID if isinstance(error, InvalidRequestError | ValueError | TypeError) else EXIT_FAILED
+
+
+def client_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a client that every command has."""
+    return {
+        "url": args.url,
+        "protocol": args.protocol,
+        "timeout_s": args.timeout_s,
+        "headers": dict(args.header),
+        "ssl": args.ssl,
+    }
 
 
 def print_line(line: str, file: TextIO) -> None:

@@ -9,6 +9,14 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
+from triton_diffusion_client._answers import (
+    EventReader,
+    Outputs,
+    missing_result,
+    read_cancelled,
+    read_families,
+    read_result,
+)
 from triton_diffusion_client._base import (
     NOT_READY_ERRORS,
     READINESS_POLL_S,
@@ -16,17 +24,9 @@ from triton_diffusion_client._base import (
     BaseClient,
 )
 from triton_diffusion_client._connection import Connection
-from triton_diffusion_client._protocol import (
-    EventReader,
-    GenerationOptions,
-    Outputs,
-    StreamOptions,
-    WireRequest,
-    missing_result,
-    read_cancelled,
-    read_result,
-)
+from triton_diffusion_client._protocol import GenerationOptions, StreamOptions, WireRequest
 from triton_diffusion_client.errors import DiffusionClientError
+from triton_diffusion_client.families import Family
 from triton_diffusion_client.results import Event, GenerationResult
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class AsyncDiffusionClient(BaseClient):
     _transport: AsyncGrpcTransport | AsyncHttpTransport | None = None
 
     async def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
-        """Make pictures of `prompt` and wait for them; see DiffusionClient.generate."""
+        """Make pictures or a video of `prompt` and wait for them; see DiffusionClient.generate."""
         request = self._build_request(prompt, options)
         return read_result(await self._open_transport().infer(request), request)
 
     def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> AsyncGenerator[Event, None]:
-        """Make pictures of `prompt`; yields Progress and Preview while they are made, and GenerationResult at the end.
+        """As `generate`, but yields Progress and Preview while the server works, and GenerationResult at the end.
 
         A loop that is left early cancels the request when the generator is collected; `contextlib.aclosing` does it at
         once. See DiffusionClient.stream.
@@ -80,6 +80,11 @@ class AsyncDiffusionClient(BaseClient):
         """
         request = self._build_cancel_request(request_id)
         return read_cancelled(await self._open_transport().infer(request), request)
+
+    async def families(self, name: str | None = None) -> tuple[Family, ...]:
+        """What the served checkpoint takes; see DiffusionClient.families."""
+        request = self._build_families_request(name)
+        return read_families(await self._open_transport().infer(request), request)
 
     async def is_ready(self) -> bool:
         """Whether the server can be reached and has loaded the model."""

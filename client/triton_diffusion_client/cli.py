@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from triton_diffusion_client._connection import DEFAULT_URLS
-from triton_diffusion_client._protocol import DeadlineAction
+from triton_diffusion_client._model_names import DEFAULT_NAME
+from triton_diffusion_client._protocol import DeadlineAction, OutputFormat
 
 _SERVER_COMMANDS = {
     "serve": "serve a checkpoint with Triton",
@@ -28,13 +29,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _build_parser().parse_args(argv)
     if args.command in _SERVER_COMMANDS:  # behind a "--"
         return _run_server_command(args.command, [])
-    if args.command == "cancel":
-        from triton_diffusion_client import _cancel_command
+    return _run_client_command(args)
 
-        return _cancel_command.cancel(args)
-    from triton_diffusion_client import _generate_command
 
-    return _generate_command.generate(args)
+def _run_client_command(args: argparse.Namespace) -> int:
+    match args.command:
+        case "cancel":
+            from triton_diffusion_client import _cancel_command
+
+            return _cancel_command.cancel(args)
+        case "families":
+            from triton_diffusion_client import _families_command
+
+            return _families_command.families(args)
+        case "load":
+            from triton_diffusion_client import _model_control_command
+
+            return _model_control_command.load(args)
+        case "unload":
+            from triton_diffusion_client import _model_control_command
+
+            return _model_control_command.unload(args)
+        case _:
+            from triton_diffusion_client import _generate_command
+
+            return _generate_command.generate(args)
 
 
 def _run_server_command(command: str, argv: Sequence[str]) -> int:
@@ -60,21 +79,20 @@ def _run_server_command(command: str, argv: Sequence[str]) -> int:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="triton-diffusion", description="Serve diffusion models from Triton, and ask such a server for pictures."
+        prog="triton-diffusion",
+        description="Serve diffusion models from Triton, and ask such a server for pictures and videos.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    summary = "ask a running server for pictures"
-    _add_generate_arguments(commands.add_parser("generate", help=summary, description=_sentence(summary)))
-    summary = "take back a request that waits or runs"
-    _add_cancel_arguments(commands.add_parser("cancel", help=summary, description=_sentence(summary)))
+    for command, (add_arguments, summary) in _CLIENT_COMMANDS.items():
+        add_arguments(commands.add_parser(command, help=summary, description=_sentence(summary)))
     for command, summary in _SERVER_COMMANDS.items():
         commands.add_parser(command, help=summary)
     return parser
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    picture = parser.add_argument_group("the picture (the server's defaults apply to what is not given)")
+    picture = parser.add_argument_group("the picture or video (the server's defaults apply to what is not given)")
     picture.add_argument(
         "--prompt",
         action="append",
@@ -83,15 +101,28 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to show; repeat it for several requests at the same time",
     )
     picture.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
+    picture.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture to start from; repeat it for a model that takes several",
+    )
+    picture.add_argument("--strength", type=float, metavar="X", help="how far --image is changed: above 0, at most 1")
     picture.add_argument("--height", type=int, metavar="PIXELS")
     picture.add_argument("--width", type=int, metavar="PIXELS")
+    picture.add_argument("--num-frames", type=int, metavar="N", help="pictures of a video")
+    picture.add_argument("--fps", type=float, metavar="X", help="frames a second of a video")
     picture.add_argument("--num-inference-steps", type=int, metavar="N", help="denoising steps")
     picture.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance")
     picture.add_argument(
         "--embedded-guidance-scale", type=float, metavar="X", help="guidance of a distilled model, such as FLUX.1-dev"
     )
-    picture.add_argument("--seed", type=int, metavar="N", help="of the first picture; without it the server draws one")
-    picture.add_argument("--num-images-per-prompt", type=int, metavar="N")
+    picture.add_argument(
+        "--flow-shift", type=float, metavar="X", help="shift of a flow-matching schedule: higher, longer at high noise"
+    )
+    picture.add_argument("--seed", type=int, metavar="N", help="of the first output; without it the server draws one")
+    picture.add_argument("--num-images-per-prompt", type=int, metavar="N", help="pictures, or videos")
     picture.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of the prompt that count")
 
     output = parser.add_argument_group("output")
@@ -99,18 +130,22 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="outputs/",
         metavar="PATH",
-        help="folder, or file for a single picture (default: %(default)s)",
+        help="folder, or file for a single picture or video (default: %(default)s)",
     )
-    output.add_argument("--output-format", choices=["png", "jpeg", "webp"], help="default: as --output ends, or png")
+    output.add_argument(
+        "--output-format",
+        choices=[name for name in get_args(OutputFormat) if name != "raw"],
+        help="default: as --output ends, or the server's: png for pictures, mp4 for videos",
+    )
     output.add_argument("--output-quality", type=int, metavar="N", help="1 to 100, for jpeg and webp")
     output.add_argument("--preview-interval", type=int, metavar="N", help="also save a preview every N steps")
-    output.add_argument("--json", action="store_true", help="one line of JSON for each picture")
+    output.add_argument("--json", action="store_true", help="one line of JSON for each picture or video")
     output.add_argument("--quiet", action="store_true", help="no progress bar; only the paths, and errors")
 
     queue = parser.add_argument_group("the queue")
     queue.add_argument("--priority", type=int, metavar="N", help="0 to 9: 9 goes first (the server's default: 5)")
     queue.add_argument(
-        "--deadline-s", type=float, metavar="S", help="the picture is wanted within S seconds after the server has it"
+        "--deadline-s", type=float, metavar="S", help="the result is wanted within S seconds after the request arrives"
     )
     queue.add_argument(
         "--deadline-action",
@@ -127,9 +162,9 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     server = parser.add_argument_group("server")
     _add_connection_arguments(server)
-    server.add_argument("--stream-model", default="diffusion_stream", metavar="NAME", help="default: %(default)s")
+    _add_model_argument(server)
     server.add_argument(
-        "--model", default="diffusion", metavar="NAME", help="used with --no-stream (default: %(default)s)"
+        "--stream-model", metavar="NAME", help="the model that sends progress (default: that of --model, MODEL_stream)"
     )
     server.add_argument("--no-stream", action="store_true", help="ask for one answer, without progress")
     server.add_argument(
@@ -142,7 +177,33 @@ def _add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
     _add_cancel_scope_argument(parser)
     server = parser.add_argument_group("server")
     _add_connection_arguments(server)
-    server.add_argument("--cancellation-model", default="cancellation", metavar="NAME", help="default: %(default)s")
+    _add_model_argument(server)
+    server.add_argument(
+        "--cancellation-model", metavar="NAME", help="default: that of --model, cancellation or MODEL_cancellation"
+    )
+
+
+def _add_families_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="FAMILY", help="only this family (default: all that are served)")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    server = parser.add_argument_group("server")
+    _add_connection_arguments(server)
+    _add_model_argument(server)
+
+
+def _add_model_control_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help=f"of the chain, such as {DEFAULT_NAME}; its stages, stream, cancellation and families come with it",
+    )
+    _add_connection_arguments(parser.add_argument_group("server (started with --model-control-mode=explicit)"))
+
+
+def _add_model_argument(server: argparse._ActionsContainer) -> None:
+    server.add_argument(
+        "--model", default=DEFAULT_NAME, metavar="NAME", help="the server's chain of stages (default: %(default)s)"
+    )
 
 
 def _add_cancel_scope_argument(parser: argparse._ActionsContainer) -> None:
@@ -172,6 +233,15 @@ def _add_connection_arguments(server: argparse._ActionsContainer) -> None:
         metavar="NAME:VALUE",
         help="sent with each request; may be repeated",
     )
+
+
+_CLIENT_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "generate": (_add_generate_arguments, "ask a running server for pictures or videos"),
+    "cancel": (_add_cancel_arguments, "take back a request that waits or runs"),
+    "families": (_add_families_arguments, "tell what the served checkpoint takes"),
+    "load": (_add_model_control_arguments, "load the models of a name into a running server"),
+    "unload": (_add_model_control_arguments, "unload the models of a name, once their requests are done"),
+}
 
 
 def _at_least_one(text: str) -> int:

@@ -8,6 +8,14 @@ from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
+from triton_diffusion_client._answers import (
+    EventReader,
+    Outputs,
+    missing_result,
+    read_cancelled,
+    read_families,
+    read_result,
+)
 from triton_diffusion_client._base import (
     NOT_READY_ERRORS,
     READINESS_POLL_S,
@@ -15,17 +23,9 @@ from triton_diffusion_client._base import (
     BaseClient,
 )
 from triton_diffusion_client._connection import Connection
-from triton_diffusion_client._protocol import (
-    EventReader,
-    GenerationOptions,
-    Outputs,
-    StreamOptions,
-    WireRequest,
-    missing_result,
-    read_cancelled,
-    read_result,
-)
+from triton_diffusion_client._protocol import GenerationOptions, StreamOptions, WireRequest
 from triton_diffusion_client.errors import DiffusionClientError
+from triton_diffusion_client.families import Family
 from triton_diffusion_client.results import Event, GenerationResult
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class DiffusionClient(BaseClient):
-    """Asks a Triton server for pictures. One client serves any number of threads at the same time.
+    """Asks a Triton server for pictures and videos. One client serves any number of threads at the same time.
 
         with DiffusionClient("gpu-server:8001") as client:
             client.generate("a red circle", seed=1).images[0].save("circle.png")
@@ -42,8 +42,10 @@ class DiffusionClient(BaseClient):
     url: host:port of the server's gRPC port (default 127.0.0.1:8001) or HTTP port (default 127.0.0.1:8000).
     protocol: "grpc", or "http" where only that gets through: HTTP streams carry no raw pixels, and Triton sees that a
         client went away only when it next writes to it.
-    model, stream_model: the server's models for one answer, and for progress and previews first.
-    cancellation_model: the server's model that cancels requests.
+    model: the name of the chain that serves the checkpoint. Its other models are named after it: `<model>_stream`
+        sends progress and previews first, `<model>_cancellation` and `<model>_families` are those of `cancel` and
+        `families` (of the chain "diffusion": "cancellation", "families").
+    stream_model, cancellation_model: in place of these names.
     cancel_scope: goes with every request; a cancel finds only requests of its own scope. None: a random secret, so
         that nobody else can cancel this client's requests. Empty: the scope of all requests that name none.
     timeout_s: longest wait for a whole request, unless the request says otherwise; None: as long as it takes.
@@ -52,19 +54,20 @@ class DiffusionClient(BaseClient):
     """
 
     def _prepare_transport(self) -> None:
-        self._transport = _open_transport(self._connection)
+        self._transport = open_transport(self._connection)
 
     def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
-        """Make pictures of `prompt` and wait for them.
+        """Make pictures or a video of `prompt` and wait for them.
 
         Ctrl-C and the time-out cancel the request on the server; over HTTP the server may notice only when it is done.
-        Raises DiffusionClientError; TypeError or ValueError for an argument that cannot be sent.
+        Raises DiffusionClientError; TypeError or ValueError for an argument that cannot be sent, OSError for an `image`
+        whose file cannot be read.
         """
         request = self._build_request(prompt, options)
         return read_result(self._transport.infer(request), request)
 
     def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Generator[Event, None, None]:
-        """Make pictures of `prompt`; yields Progress and Preview while they are made, and GenerationResult at the end.
+        """As `generate`, but yields Progress and Preview while the server works, and GenerationResult at the end.
 
         The request is sent when the first event is asked for. Leaving the loop early, `close()`, Ctrl-C and the
         time-out cancel it on the server. Raises as `generate` does.
@@ -93,6 +96,14 @@ class DiffusionClient(BaseClient):
         """
         request = self._build_cancel_request(request_id)
         return read_cancelled(self._transport.infer(request), request)
+
+    def families(self, name: str | None = None) -> tuple[Family, ...]:
+        """What the served checkpoint takes: its tasks and parameters; with a name, of that family alone.
+
+        Raises as `generate` does.
+        """
+        request = self._build_families_request(name)
+        return read_families(self._transport.infer(request), request)
 
     def is_ready(self) -> bool:
         """Whether the server can be reached and has loaded the model."""
@@ -134,7 +145,8 @@ class DiffusionClient(BaseClient):
         self.close()
 
 
-def _open_transport(connection: Connection) -> GrpcTransport | HttpTransport:
+def open_transport(connection: Connection) -> GrpcTransport | HttpTransport:
+    """What carries the requests of a connection."""
     # Each brings its own libraries: only the one that is used is imported.
     if connection.protocol == "grpc":
         from triton_diffusion_client._grpc import GrpcTransport

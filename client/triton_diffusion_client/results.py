@@ -1,4 +1,4 @@
-"""What a request gives back: pictures, and while they are made, progress and previews."""
+"""What a request gives back: pictures or videos, and while they are made, progress and previews."""
 
 from __future__ import annotations
 
@@ -54,6 +54,35 @@ class GeneratedImage:
         return path
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GeneratedVideo:
+    """One video as the server made it: a file in `data`, or for the format `raw` its frames."""
+
+    seed: int
+    """Asked for again with this seed, and all else the same, the video is the same."""
+    format: str
+    """"mp4", "webm", "gif" or "raw"."""
+    data: bytes
+    """The file's content; for `raw` the pixels as they lie in `array`."""
+    shape: tuple[int, int, int, int] | None = None
+    """(frames, height, width, 3) of a raw video, otherwise None: the file says it."""
+
+    @property
+    def array(self) -> NDArray[np.uint8]:
+        """The pixels (F, H, W, 3), 0 to 255, of a raw video. Raises ValueError for a file: nothing here decodes it."""
+        if self.shape is None:
+            raise ValueError(f'the video is a {self.format} file; ask for output_format="raw" to get its frames')
+        return np.frombuffer(self.data, dtype=np.uint8).reshape(self.shape)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file as the server encoded it. Raises ValueError for a raw video, which is none."""
+        if self.shape is not None:
+            raise ValueError('the video is raw frames; ask for output_format="mp4" to get a file, or take `array`')
+        path = Path(path)
+        path.write_bytes(self.data)
+        return path
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timings:
     """Where a request's time went, in seconds, measured by the server."""
@@ -69,9 +98,10 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationResult:
-    """The end of a request: all its pictures."""
+    """The end of a request: all its pictures, or all its videos."""
 
-    outputs: tuple[GeneratedImage, ...]
+    outputs: tuple[GeneratedImage | GeneratedVideo, ...]
+    """All of one kind."""
     timings: Timings
     request_id: str
     warnings: tuple[str, ...] = ()
@@ -79,22 +109,27 @@ class GenerationResult:
 
     @property
     def images(self) -> list[Image]:
-        """The pictures for PIL."""
-        return [output.image for output in self.outputs]
+        """The pictures for PIL; none where the server made videos."""
+        return [output.image for output in self.outputs if isinstance(output, GeneratedImage)]
+
+    @property
+    def videos(self) -> list[bytes]:
+        """The content of each video's file; none where the server made pictures, or sent frames (see `arrays`)."""
+        return [output.data for output in self.outputs if isinstance(output, GeneratedVideo) and output.shape is None]
 
     @property
     def arrays(self) -> NDArray[np.uint8]:
-        """The pixels of all pictures (N, H, W, 3), 0 to 255."""
+        """The pixels of all pictures (N, H, W, 3), or of all raw videos (N, F, H, W, 3), 0 to 255."""
         return np.stack([output.array for output in self.outputs])
 
     @property
     def data(self) -> list[bytes]:
-        """The content of each picture's file."""
+        """The content of each file."""
         return [output.data for output in self.outputs]
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each picture."""
+        """The seed of each output."""
         return [output.seed for output in self.outputs]
 
 
@@ -137,3 +172,15 @@ def decode_image(data: bytes) -> Image:
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
+
+
+def file_format(data: bytes) -> str:
+    """Which of the formats of pictures and videos a file has, by how it begins; "bin" for none of them."""
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    if data[4:8] == b"ftyp":
+        return "mp4"
+    return next((name for beginning, name in _BEGINNINGS.items() if data.startswith(beginning)), "bin")
+
+
+_BEGINNINGS = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"\x1a\x45\xdf\xa3": "webm"}

@@ -25,17 +25,23 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image
+from tests.client.repository_double import RepositoryDouble
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
-from triton_diffusion_client import AsyncDiffusionClient, DiffusionClient, Event, GenerationResult
+from triton_diffusion_client import AsyncDiffusionClient, DiffusionClient, Event, Family, GenerationResult
 
 STEP_S = 0.05
 INPUTS = {
     "prompt",
     "negative_prompt",
+    "image",
+    "strength",
     "height",
     "width",
+    "num_frames",
+    "fps",
+    "flow_shift",
     "num_inference_steps",
     "guidance_scale",
     "embedded_guidance_scale",
@@ -49,7 +55,26 @@ INPUTS = {
     "deadline_s",
     "deadline_action",
 }
+# Chain: whether it makes videos.
+CHAINS = {"diffusion": False, "wan": True}
+FAMILIES = [
+    {
+        "family": "wan",
+        "pipeline_class": "WanPipeline",
+        "tasks": ["text-to-video", "image-to-video"],
+        "parameters": {
+            "num_frames": {"default": 81, "min": 1, "max": 161, "description": "one more than a multiple of 4"},
+            "output_format": {"default": "b64_mp4", "choices": ["b64_mp4", "mp4"], "description": "of the video"},
+            "seed": {"min": 0},
+        },
+    }
+]
 DTYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+VIDEO_FILES = {  # beginnings and ends as of real files
+    "mp4": b"\x00\x00\x00\x18ftypmp42" + b"frames",
+    "webm": b"\x1a\x45\xdf\xa3" + b"frames",
+    "gif": b"GIF89a" + b"frames" + b";",
+}
 ERRORS = {  # prompt: gRPC status, HTTP status, message
     "invalid": ("INVALID_ARGUMENT", 400, "height=7 is not a multiple of 16; use 0 or 16"),
     "too much": ("UNAVAILABLE", 503, "the queue is full; come back later"),
@@ -75,17 +100,17 @@ class ReceivedRequest:
     model: str
     id: str
     inputs: dict[str, Any]
-    """By tensor name: (Triton data type, shape, value)."""
+    """By tensor name: (Triton data type, shape, value); the value of `image` is the list of its bytes or texts."""
     parameters: dict[str, Any]
     headers: dict[str, str]
     cancelled: threading.Event = field(default_factory=threading.Event)
-    """By a caller that went away, or by the model `cancellation`."""
+    """By a caller that went away, or by a model `cancellation`."""
     is_cancelled_by_id: bool = False
     is_done: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
-        """What the model `cancellation` finds it by."""
+        """What a model `cancellation` finds it by."""
         return self.id, self.parameters.get("cancel_scope", "")
 
     def value(self, name: str, default: Any = None) -> Any:
@@ -93,11 +118,12 @@ class ReceivedRequest:
 
 
 class TritonDouble:
-    """The models `diffusion`, `diffusion_stream` and `cancellation`; what a request gets is decided by its prompt."""
+    """The models of the chains `diffusion` (pictures) and `wan` (videos); a prompt decides what its request gets."""
 
     def __init__(self, private_key: Path | None = None, certificate: Path | None = None) -> None:
         self.received: list[ReceivedRequest] = []
         self.is_ready = True
+        self.repository = RepositoryDouble()
         self.http_connections: list[socket.socket] = []
         self._grpc_server = grpc.server(ThreadPoolExecutor(32))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_GrpcService(self), self._grpc_server)
@@ -133,8 +159,11 @@ class TritonDouble:
         """The responses of a model; a model that answers once gives the last."""
         self.received.append(request)
         try:
-            if request.model == "cancellation":
+            if request.model in ("cancellation", "wan_cancellation"):
                 yield {"cancelled": np.array([self._cancel(request)])}
+            elif request.model in ("families", "wan_families"):
+                name = request.value("name")
+                yield {"families": _text(json.dumps([f for f in FAMILIES if name in (None, f["family"])]))}
             else:
                 yield from self._draw(request)
         finally:
@@ -149,7 +178,7 @@ class TritonDouble:
         return bool(found)
 
     def _draw(self, request: ReceivedRequest) -> Iterator[dict[str, np.ndarray]]:
-        if request.model not in ("diffusion", "diffusion_stream"):
+        if request.model.removesuffix("_stream") not in CHAINS:
             message = f"Request for unknown model: '{request.model}' is not found"
             raise RequestFailedError("NOT_FOUND", 404, message)
         prompt = request.value("prompt")
@@ -161,7 +190,7 @@ class TritonDouble:
                 if request.is_cancelled_by_id:
                     raise RequestFailedError("CANCELLED", 400, f"cancelled in denoising after {step - 1} steps")
                 return
-            if request.model == "diffusion_stream":
+            if request.model.endswith("_stream"):
                 yield self._progress(request, step, steps)
             if prompt == "midway" and step == 2:
                 raise RequestFailedError("INTERNAL", 500, "the worker group died", before_answer=False)
@@ -183,7 +212,7 @@ class TritonDouble:
         outputs = {"progress": _text(json.dumps(progress))}
         interval = request.value("preview_interval", 0)
         if interval and step % interval == 0:
-            outputs["preview_image"] = _files(request)
+            outputs["preview_image"] = _pictures(request)
         return outputs
 
     def _result(self, request: ReceivedRequest) -> dict[str, np.ndarray]:
@@ -200,9 +229,11 @@ class TritonDouble:
             "seed": np.arange(seed, seed + num_outputs, dtype=np.int64),
             "timings": _text(json.dumps(timings)),
         }
-        if request.value("output_format") == "raw":
-            return outputs | {"raw_image": _pixels(num_outputs)}
-        return outputs | {"generated_image": _files(request)}
+        is_raw = request.value("output_format") == "raw"
+        if CHAINS[request.model.removesuffix("_stream")]:
+            video = {"raw_video": _frames(num_outputs)} if is_raw else {"generated_video": _videos(request)}
+            return outputs | video
+        return outputs | ({"raw_image": _pixels(num_outputs)} if is_raw else {"generated_image": _pictures(request)})
 
 
 def _text(text: str) -> np.ndarray:
@@ -215,15 +246,41 @@ def _pixels(num_outputs: int) -> np.ndarray:
     return np.tile(colours, (1, 8, 16, 3))
 
 
-def _files(request: ReceivedRequest) -> np.ndarray:
+def _frames(num_outputs: int) -> np.ndarray:
+    """Videos of two frames: the picture, and another that is brighter by 100."""
+    pixels = _pixels(num_outputs)
+    return np.stack([pixels, pixels + 100], axis=1)
+
+
+def _pictures(request: ReceivedRequest) -> np.ndarray:
     output_format = request.value("output_format", "b64_png")
+    if output_format.removeprefix("b64_") in VIDEO_FILES:  # the previews of a video are pictures
+        output_format = "b64_png" if output_format.startswith("b64_") else "png"
     files = []
     for pixels in _pixels(request.value("num_outputs", 1)):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, output_format.removeprefix("b64_"))
-        content = buffer.getvalue()
-        files.append(base64.b64encode(content) if output_format.startswith("b64_") else content)
-    return np.array(files, dtype=np.object_)
+        files.append(buffer.getvalue())
+    return _as_asked(files, output_format)
+
+
+def _videos(request: ReceivedRequest) -> np.ndarray:
+    output_format = request.value("output_format", "b64_mp4")
+    file = VIDEO_FILES[output_format.removeprefix("b64_")]
+    return _as_asked([file] * request.value("num_outputs", 1), output_format)
+
+
+def _as_asked(files: list[bytes], output_format: str) -> np.ndarray:
+    is_text = output_format.startswith("b64_")
+    return np.array([base64.b64encode(file) if is_text else file for file in files], dtype=np.object_)
+
+
+def _read_tensor(name: str, datatype: str, content: bytes) -> Any:
+    if name == "image":
+        return list(deserialize_bytes_tensor(content))
+    if datatype == "BYTES":
+        return deserialize_bytes_tensor(content)[0].decode()
+    return np.frombuffer(content, DTYPES[datatype])[0].item()
 
 
 class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -235,6 +292,22 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return service_pb2.ModelReadyResponse(ready=request.name == "diffusion")
+
+    def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        models = [service_pb2.RepositoryIndexResponse.ModelIndex(**entry) for entry in self._double.repository.index()]
+        return service_pb2.RepositoryIndexResponse(models=models)
+
+    def RepositoryModelLoad(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self._control("load", request.model_name, context)
+        return service_pb2.RepositoryModelLoadResponse()
+
+    def RepositoryModelUnload(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self._control("unload", request.model_name, context)
+        return service_pb2.RepositoryModelUnloadResponse()
+
+    def _control(self, verb: str, model: str, context: grpc.ServicerContext) -> None:
+        if (error := self._double.repository.control(verb, model)) is not None:
+            context.abort(getattr(grpc.StatusCode, error.grpc_status), error.message)
 
     def ModelInfer(self, message: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         request = self._read(message, context)
@@ -258,10 +331,7 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
     def _read(self, message: Any, context: grpc.ServicerContext) -> ReceivedRequest:
         inputs = {}
         for tensor, content in zip(message.inputs, message.raw_input_contents, strict=True):
-            if tensor.datatype == "BYTES":
-                value = deserialize_bytes_tensor(content)[0].decode()
-            else:
-                value = np.frombuffer(content, DTYPES[tensor.datatype])[0].item()
+            value = _read_tensor(tensor.name, tensor.datatype, content)
             inputs[tensor.name] = (tensor.datatype, list(tensor.shape), value)
         parameters = {
             name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in message.parameters.items()
@@ -314,12 +384,23 @@ class _HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         double = self.server.double
-        _, _, _, model, verb = self.path.split("/")
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.startswith("/v2/repository/"):
+            self._control(double.repository)
+            return
+        _, _, _, model, verb = self.path.split("/")
         if verb == "infer":
             self._infer(double, self._read_binary(model, body))
         else:
             self._generate_stream(double, self._read_json(model, body))
+
+    def _control(self, repository: RepositoryDouble) -> None:
+        if self.path.endswith("/index"):
+            self._answer(200, json.dumps(repository.index()).encode())
+        elif (error := repository.control(self.path.split("/")[-1], self.path.split("/")[-2])) is not None:
+            self._answer(error.http_status, json.dumps({"error": error.message}).encode())
+        else:
+            self._answer(200, b"")
 
     def _infer(self, double: TritonDouble, request: ReceivedRequest) -> None:
         try:
@@ -385,16 +466,13 @@ class _HttpHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _read_binary(self, model: str, body: bytes) -> ReceivedRequest:
-        head_length = int(self.headers["Inference-Header-Content-Length"])
+        head_length = int(self.headers.get("Inference-Header-Content-Length", len(body)))
         head, rest = json.loads(body[:head_length]), body[head_length:]
         inputs = {}
         for tensor in head["inputs"]:
             size = tensor["parameters"]["binary_data_size"]
             content, rest = rest[:size], rest[size:]
-            if tensor["datatype"] == "BYTES":
-                value = deserialize_bytes_tensor(content)[0].decode()
-            else:
-                value = np.frombuffer(content, DTYPES[tensor["datatype"]])[0].item()
+            value = _read_tensor(tensor["name"], tensor["datatype"], content)
             inputs[tensor["name"]] = (tensor["datatype"], tensor["shape"], value)
         headers = {name.lower(): value for name, value in self.headers.items()}
         return ReceivedRequest(model, head["id"], inputs, head.get("parameters", {}), headers)
@@ -403,7 +481,8 @@ class _HttpHandler(http.server.BaseHTTPRequestHandler):
         fields = json.loads(body)
         headers = {name.lower(): value for name, value in self.headers.items()}
         request_id = fields.pop("id")
-        inputs = {name: (None, [1], value) for name, value in fields.items() if name in INPUTS}
+        shapes = {name: [len(value)] if name == "image" else [1] for name, value in fields.items()}
+        inputs = {name: (None, shapes[name], value) for name, value in fields.items() if name in INPUTS}
         parameters = {name: value for name, value in fields.items() if name not in INPUTS}
         return ReceivedRequest(model, request_id, inputs, parameters, headers)
 
@@ -449,6 +528,17 @@ class Caller:
         async def run() -> bool:
             async with AsyncDiffusionClient(self.url, self.protocol, **client) as asynchronous:
                 return await asynchronous.cancel(request_id)
+
+        return asyncio.run(run())
+
+    def families(self, name: str | None = None, **client: Any) -> tuple[Family, ...]:
+        if not self.is_async:
+            with DiffusionClient(self.url, self.protocol, **client) as blocking:
+                return blocking.families(name)
+
+        async def run() -> tuple[Family, ...]:
+            async with AsyncDiffusionClient(self.url, self.protocol, **client) as asynchronous:
+                return await asynchronous.families(name)
 
         return asyncio.run(run())
 

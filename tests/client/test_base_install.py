@@ -19,10 +19,12 @@ import triton_diffusion_client
         "from triton_diffusion_client import DiffusionClient; DiffusionClient(protocol='http').close()",
         "import triton_diffusion_client._generate_command",
         "import triton_diffusion_client._cancel_command",
+        "import triton_diffusion_client._families_command",
+        "import triton_diffusion_client._model_control_command",
     ],
 )
 def test_nothing_of_the_server_is_imported(statement: str) -> None:
-    heavy = ["torch", "diffusers", "transformers", "safetensors", "triton_diffusion"]
+    heavy = ["torch", "diffusers", "transformers", "safetensors", "triton_diffusion", "PIL"]
     script = f"import sys; {statement}; print([name for name in {heavy} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.client.conftest import TritonDouble
+from tests.client.conftest import VIDEO_FILES, TritonDouble
 
 from triton_diffusion_client import cli
 from triton_diffusion_client._output_files import OutputFiles, plan_output, slugify
+
+COMMANDS = ["generate", "cancel", "families", "load", "unload", "serve", "build-repository"]
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,10 @@ def test_all_flags_reach_the_model(triton: TritonDouble) -> None:
         "negative_prompt": "blur",
         "height": 64,
         "width": 128,
+        "num_frames": 17,
+        "fps": 12.5,
+        "flow_shift": 8.0,
+        "strength": 0.75,
         "num_inference_steps": 4,
         "guidance_scale": 3.5,
         "embedded_guidance_scale": 2.5,
@@ -135,6 +141,38 @@ def test_generate_over_http(triton: TritonDouble) -> None:
     assert open_picture("outputs/x-7.jpg").format == "JPEG"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "asked_for", "path"),
+    [
+        ([], None, "outputs/x-7.mp4"),
+        (["--output-format", "webm"], "webm", "outputs/x-7.webm"),
+        (["--output", "new/clip.GIF"], "gif", "new/clip.GIF"),
+        (["--output", "clip.mp4", "--no-stream"], "mp4", "clip.mp4"),
+    ],
+)
+def test_a_video_has_the_suffix_of_its_format(
+    triton: TritonDouble, arguments: list[str], asked_for: str | None, path: str
+) -> None:
+    assert run(triton, "--model", "wan", "--prompt", "x", *arguments) == 0
+    assert triton.received[0].value("output_format") == asked_for
+    assert triton.received[0].model == ("wan" if "--no-stream" in arguments else "wan_stream")
+    assert Path(path).read_bytes() == VIDEO_FILES[asked_for or "mp4"]
+
+
+def test_the_previews_of_a_video_are_pictures(triton: TritonDouble) -> None:
+    arguments = ["--model", "wan", "--prompt", "x", "--preview-interval", "3", "--output-format", "mp4"]
+    assert run(triton, *arguments) == 0
+    assert sorted(os.listdir("outputs")) == ["x-7.mp4", "x-step-003.png"]
+
+
+def test_pictures_are_read_once_and_sent_with_each_prompt(triton: TritonDouble) -> None:
+    Path("a.png").write_bytes(b"first")
+    Path("b.jpg").write_bytes(b"second")
+    assert run(triton, "--prompt", "x", "--prompt", "y", "--image", "a.png", "--image", "b.jpg") == 0
+    for request in triton.received:
+        assert request.inputs["image"] == ("BYTES", [2], [b"first", b"second"])
+
+
 def test_headers_are_sent(triton: TritonDouble) -> None:
     assert run(triton, "--prompt", "x", "--header", "Authorization: Bearer a:b") == 0
     assert triton.received[0].headers["authorization"] == "Bearer a:b"
@@ -159,6 +197,10 @@ def test_headers_are_sent(triton: TritonDouble) -> None:
         (["--prompt", "x", "--seed", str(2**63)], 2, "does not fit into INT64"),
         (["--prompt", "x", "--url", "http://here:1"], 2, "protocol='http'"),
         (["--prompt", "x", "--output", "a.jpg", "--output-format", "png"], 2, "change one"),
+        (["--prompt", "x", "--output", "a.mp4", "--output-format", "gif"], 2, "a mp4 file"),
+        (["--prompt", "x", "--image", "none.png"], 2, "--image none.png: No such file or directory"),
+        (["--prompt", "x", "--image", "/"], 2, "--image /: Is a directory"),
+        (["--prompt", "x", "--model", "other"], 1, "unknown model: 'other_stream'"),
         (["--prompt", "x", "--prompt", "y", "--output", "a.jpg"], 2, "name a folder"),
         (["--prompt", "x", "--output", "/proc/none/pictures"], 1, "/proc/none"),
     ],
@@ -199,7 +241,9 @@ def test_an_unreachable_server_is_one_line(capsys: pytest.CaptureFixture[str]) -
         ["generate"],
         ["paint"],
         ["generate", "--prompt", "x", "--height", "tall"],
-        ["generate", "--prompt", "x", "--output-format", "gif"],
+        ["generate", "--prompt", "x", "--output-format", "bmp"],
+        ["generate", "--prompt", "x", "--output-format", "raw"],
+        ["generate", "--prompt", "x", "--num-frames", "many"],
         ["generate", "--prompt", "x", "--concurrency", "0"],
         ["generate", "--prompt", "x", "--header", "nothing"],
         ["generate", "--prompt", "x", "--deadline-action", "hurry"],
@@ -207,6 +251,10 @@ def test_an_unreachable_server_is_one_line(capsys: pytest.CaptureFixture[str]) -
         ["cancel"],
         ["cancel", "r1", "r2"],
         ["cancel", "r1", "--protocol", "ftp"],
+        ["families", "a", "b"],
+        ["load"],
+        ["load", "wan", "flux"],
+        ["unload", "--url", "127.0.0.1:1"],
     ],
 )
 def test_wrong_usage_ends_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,14 +303,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("generate", "cancel", "serve", "build-repository"))
+    assert all(command in printed for command in COMMANDS)
 
 
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
         ("generate", ["--priority", "--deadline-s", "--deadline-action", "--request-id", "--cancel-scope"]),
-        ("cancel", ["REQUEST_ID", "--cancel-scope", "--cancellation-model", "--url", "--protocol", "--timeout-s"]),
+        ("generate", ["--image", "--num-frames", "--fps", "--flow-shift", "--strength", "--model"]),
+        (
+            "cancel",
+            ["REQUEST_ID", "--cancel-scope", "--model", "--cancellation-model", "--url", "--protocol", "--timeout-s"],
+        ),
     ],
 )
 def test_help_names_the_flags_and_says_what_an_empty_scope_means(
@@ -311,6 +363,11 @@ def test_cancel_says_when_there_is_nothing_to_cancel(triton: TritonDouble, capsy
     assert triton.received[0].parameters == {}
 
 
+def test_cancel_asks_the_model_of_a_chain(triton: TritonDouble) -> None:
+    assert cancel(triton, "r1", "--model", "wan") == 1
+    assert triton.received[0].model == "wan_cancellation"
+
+
 def test_cancel_sends_headers_scope_and_time_out(triton: TritonDouble) -> None:
     flags = ["--cancel-scope", "team", "--header", "Authorization: Bearer a:b", "--timeout-s", "30"]
     assert cancel(triton, "r1", *flags) == 1
@@ -322,7 +379,7 @@ def test_cancel_sends_headers_scope_and_time_out(triton: TritonDouble) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--cancellation-model", "other"], 1, "name the server's model that cancels with --cancellation-model"),
+        (["--cancellation-model", "other"], 1, "or the model that cancels with --cancellation-model"),
         (["--timeout-s", "0"], 2, "timeout_s=0"),
         (["--url", "127.0.0.1:1"], 1, "cannot reach a server at 127.0.0.1:1"),
         (["--url", "http://here:1"], 2, "protocol='http'"),
@@ -399,9 +456,10 @@ def test_no_file_name_is_too_long_for_a_file_system() -> None:
 
 
 def test_the_output_is_a_file_or_a_folder() -> None:
-    assert plan_output("outputs/", None, 3) == OutputFiles(Path("outputs"), False, "png")
+    assert plan_output("outputs/", None, 3) == OutputFiles(Path("outputs"), False, None)
     assert plan_output("new", "webp", 1) == OutputFiles(Path("new"), False, "webp")
     assert plan_output("a.JPG", None, 1) == OutputFiles(Path("a.JPG"), True, "jpeg")
+    assert plan_output("a.mp4", None, 1) == OutputFiles(Path("a.mp4"), True, "mp4")
     Path("folder.png").mkdir()
     assert not plan_output("folder.png", None, 2).is_file
     Path("notes.txt").touch()
@@ -410,8 +468,8 @@ def test_the_output_is_a_file_or_a_folder() -> None:
 
 
 def test_pictures_in_a_folder_are_never_overwritten() -> None:
-    files = OutputFiles(Path("folder"), False, "png")
-    threads = [threading.Thread(target=files.save_picture, args=(b"%d" % n, "x", 1)) for n in range(10)]
+    files = OutputFiles(Path("folder"), False, None)
+    threads = [threading.Thread(target=files.save_output, args=(b"%d" % n, "x", 1)) for n in range(10)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -422,5 +480,5 @@ def test_pictures_in_a_folder_are_never_overwritten() -> None:
 
 def test_a_named_file_is_overwritten() -> None:
     files = OutputFiles(Path("sub/a.png"), True, "png")
-    files.save_picture(b"first", "x", 1)
-    assert files.save_picture(b"second", "x", 2).read_bytes() == b"second"
+    files.save_output(b"first", "x", 1)
+    assert files.save_output(b"second", "x", 2).read_bytes() == b"second"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import math
 import os
 import shutil
@@ -19,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.client.conftest import Caller, TritonDouble
+from PIL import Image
+from tests.client.conftest import VIDEO_FILES, Caller, TritonDouble
 
 from triton_diffusion_client import (
     AsyncDiffusionClient,
@@ -41,6 +43,10 @@ ALL_OPTIONS = {
     "negative_prompt": "blur",
     "height": 64,
     "width": 128,
+    "num_frames": 17,
+    "fps": 12.5,
+    "flow_shift": 8.0,
+    "strength": 0.75,
     "num_inference_steps": 4,
     "guidance_scale": 3.5,
     "embedded_guidance_scale": 2.5,
@@ -91,6 +97,63 @@ def test_raw_pictures_come_as_pixels(caller: Caller) -> None:
     assert result.data[1] == b"\x01" * (8 * 16 * 3)
 
 
+@pytest.mark.parametrize("output_format", [None, "mp4", "webm", "gif"])
+def test_videos_come_as_files(caller: Caller, output_format: str | None) -> None:
+    wan = {"model": "wan"}
+    file = VIDEO_FILES[output_format or "mp4"]
+    result = caller.generate("x", client=wan, output_format=output_format, num_images_per_prompt=2, seed=5)
+    assert (result.videos, result.seeds, result.images) == ([file, file], [5, 6], [])
+    *_, preview, streamed = caller.stream("x", client=wan, output_format=output_format, preview_interval=3)
+    assert streamed.videos == [file]
+    assert streamed.outputs[0].format == (output_format or "mp4")
+    assert preview.images[0].size == (16, 8)
+
+
+def test_raw_videos_come_as_frames(caller: Caller) -> None:
+    result = caller.generate("x", client={"model": "wan"}, output_format="raw", num_images_per_prompt=2)
+    assert result.arrays.shape == (2, 2, 8, 16, 3)
+    assert result.arrays[1, :, 0, 0, 0].tolist() == [1, 101]
+
+
+def test_pictures_reach_the_model_as_they_are(caller: Caller, triton: TritonDouble, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 2), (9, 9, 9))
+    picture.save(tmp_path / "a.webp")
+    images = [tmp_path / "a.webp", picture, b"any bytes \x00\xff"]
+    caller.generate("x", image=images)
+    caller.stream("x", image=images)
+    caller.generate("x", image=str(tmp_path / "a.webp"))
+    for request in triton.received:
+        datatype, shape, content = request.inputs["image"]
+        if datatype is None:  # JSON
+            content = [base64.b64decode(each, validate=True) for each in content]
+        expected = [(tmp_path / "a.webp").read_bytes(), images[2]]
+        assert shape == [len(content)]
+        assert content[::2] == expected[: len(content[::2])]
+        assert all(each.startswith(b"\x89PNG") for each in content[1:2])
+
+
+def test_all_models_have_names_after_the_chain(caller: Caller, triton: TritonDouble) -> None:
+    caller.generate("x", client={"model": "wan"})
+    caller.stream("x", client={"model": "wan"})
+    caller.cancel("r1", model="wan")
+    caller.families(model="wan")
+    assert [request.model for request in triton.received] == ["wan", "wan_stream", "wan_cancellation", "wan_families"]
+
+
+def test_families_tells_what_the_server_takes(caller: Caller, triton: TritonDouble) -> None:
+    headers = {"Authorization": "Bearer secret"}
+    (family,) = caller.families(headers=headers, timeout_s=30)
+    assert (family.family, family.tasks[0]) == ("wan", "text-to-video")
+    assert family.parameters["num_frames"].max == 161
+    assert caller.families("wan") == (family,)
+    assert caller.families("flux") == ()
+    assert [request.model for request in triton.received] == ["families"] * 3
+    assert [request.value("name") for request in triton.received] == [None, "wan", "flux"]
+    assert triton.received[0].headers["authorization"] == "Bearer secret"
+    with pytest.raises(ModelNotFoundError, match="unknown model: 'sd_families'"):
+        caller.families(model="sd")
+
+
 def test_all_options_reach_the_model(caller: Caller, triton: TritonDouble) -> None:
     caller.generate("café \N{LARGE RED CIRCLE}", **ALL_OPTIONS)
     caller.stream("café \N{LARGE RED CIRCLE}", preview_interval=3, **ALL_OPTIONS)
@@ -109,7 +172,7 @@ def test_options_that_are_not_set_are_not_sent(caller: Caller, triton: TritonDou
     caller.generate("x", height=None)
     caller.stream("x", preview_interval=None)
     for request in triton.received:
-        assert set(request.inputs) == {"prompt", "output_format"}
+        assert set(request.inputs) == {"prompt"}
 
 
 def test_the_request_id_is_the_callers_or_a_new_one(caller: Caller, triton: TritonDouble) -> None:
@@ -499,6 +562,8 @@ def test_a_closed_client_refuses_requests(triton: TritonDouble) -> None:
         client.generate("x")
     with pytest.raises(RuntimeError, match="closed"):
         client.cancel("r1")
+    with pytest.raises(RuntimeError, match="closed"):
+        client.families()
 
 
 def test_only_text_formats_stream_over_http(triton: TritonDouble) -> None:
