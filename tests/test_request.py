@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from triton_diffusion.config import ChainConfig
 from triton_diffusion.errors import InvalidRequestError
-from triton_diffusion.request import INPUT_NAMES, MAX_SEED, GenerationRequest, RequestDefaults, resolve_request
+from triton_diffusion.request import (
+    INPUT_NAMES,
+    MAX_SEED,
+    GenerationRequest,
+    RequestDefaults,
+    describe_parameters,
+    describe_tasks,
+    resolve_request,
+)
 
 DEFAULTS = RequestDefaults(
     height=1024,
@@ -24,12 +32,15 @@ DEFAULTS = RequestDefaults(
     max_sequence_length=256,
     longest_sequence_length=512,
 )
+CHANGES_PICTURES = replace(DEFAULTS, max_images=1, strength=0.6)
+VIDEO = replace(DEFAULTS, num_frames=81, frame_step=4, fps=16.0, flow_shift=3.0)
+ANIMATES = replace(VIDEO, min_images=1, max_images=2)
 UNDISTILLED = replace(DEFAULTS, embedded_guidance_scale=None)
 LIMITS = ChainConfig(max_pixels=1024 * 1024, max_num_inference_steps=50, max_num_outputs=4, max_prompt_bytes=100)
 
 
-def resolve(defaults: RequestDefaults = DEFAULTS, **given: Any) -> GenerationRequest:
-    return resolve_request({"prompt": "a cat"} | given, defaults, LIMITS)[0]
+def resolve(defaults: RequestDefaults = DEFAULTS, num_images: int = 0, **given: Any) -> GenerationRequest:
+    return resolve_request({"prompt": "a cat"} | given, defaults, LIMITS, num_images=num_images)[0]
 
 
 def warnings_of(defaults: RequestDefaults = DEFAULTS, **given: Any) -> list[str]:
@@ -65,7 +76,8 @@ def test_what_is_given_is_kept() -> None:
         "deadline_s": 12.5,
         "deadline_action": "drop",
     }
-    assert values.keys() == set(INPUT_NAMES)
+    of_videos_and_pictures = {"num_frames", "fps", "flow_shift", "strength"}
+    assert values.keys() == set(INPUT_NAMES) - of_videos_and_pictures
     assert resolve(**values).to_json() == values
 
 
@@ -189,3 +201,94 @@ def test_doubled_work_on_a_distilled_checkpoint_is_warned_of() -> None:
     (warning,) = warnings_of(DEFAULTS, guidance_scale=2.0)
     assert "embedded_guidance_scale" in warning
     assert warnings_of(UNDISTILLED, guidance_scale=2.0) == []
+
+
+# Videos and pictures that a request brings.
+
+
+def test_a_video_has_the_checkpoints_frames_and_a_format_of_videos() -> None:
+    request = resolve(VIDEO)
+    assert (request.num_frames, request.fps, request.flow_shift) == (81, 16.0, 3.0)
+    assert request.output_format == "b64_mp4"
+    given = resolve(VIDEO, num_frames=9, fps=23.976, flow_shift=5.5, output_format="webm")
+    assert (given.num_frames, given.fps, given.flow_shift, given.output_format) == (9, 23.976, 5.5, "webm")
+
+
+def test_a_single_frame_of_a_video_model_is_a_picture() -> None:
+    assert resolve(VIDEO, num_frames=1).output_format == "b64_png"
+    with pytest.raises(InvalidRequestError, match="output_format='mp4' must be one of b64_png"):
+        resolve(VIDEO, num_frames=1, output_format="mp4")
+    with pytest.raises(InvalidRequestError, match="output_format='png' must be one of b64_mp4"):
+        resolve(VIDEO, output_format="png")
+
+
+@pytest.mark.parametrize(
+    ("defaults", "given", "message"),
+    [
+        (DEFAULTS, {"num_frames": 5}, "num_frames=5: this model draws pictures, so it must be 1"),
+        (VIDEO, {"num_frames": 7}, "num_frames=7 must be 1 more than a multiple of 4 for this model; try 5 or 9"),
+        (VIDEO, {"num_frames": 0}, "num_frames=0 must be 1 more than a multiple of 4"),
+        (VIDEO, {"num_frames": 4001}, "num_frames=4001 must be at most 1025"),
+        (DEFAULTS, {"fps": 8.0}, "fps=8.0: this model draws pictures"),
+        (VIDEO, {"fps": 0.0}, "fps=0.0 must be above 0 and at most 240"),
+        (VIDEO, {"fps": math.nan}, "fps=nan must be above 0"),
+        (DEFAULTS, {"flow_shift": 3.0}, "flow_shift=3.0: the schedule of this model has no shift to set"),
+        (VIDEO, {"flow_shift": 0.0}, "flow_shift=0.0 must be above 0 and at most 100"),
+        (DEFAULTS, {"strength": 0.5}, "strength=0.5: this model does not start from a picture"),
+        (CHANGES_PICTURES, {"strength": 0.5}, "send it as image, too"),
+        (CHANGES_PICTURES, {"strength": 0.0, "num_images": 1}, "strength=0.0 must be above 0"),
+        (DEFAULTS, {"num_images": 1}, "image: 1 given, and this server takes none for this model"),
+        (CHANGES_PICTURES, {"num_images": 2}, "image: 2 given, and this model takes 0 to 1"),
+        (ANIMATES, {}, "image: 0 given, and this model takes 1 to 2"),
+    ],
+)
+def test_what_a_model_does_not_do_is_refused(defaults: RequestDefaults, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        resolve(defaults, **given)
+
+
+def test_a_picture_is_changed_with_the_checkpoints_strength_and_without_one_there_is_none() -> None:
+    assert resolve(CHANGES_PICTURES, num_images=1).strength == 0.6
+    assert resolve(CHANGES_PICTURES, num_images=1, strength=1.0).strength == 1.0
+    assert resolve(CHANGES_PICTURES).strength is None
+    assert resolve(ANIMATES, num_images=2).num_images == 2
+
+
+def test_fps_of_a_picture_and_quality_of_a_gif_have_no_effect_and_say_so() -> None:
+    assert any("fps" in warning for warning in warnings_of(VIDEO, num_frames=1, fps=8.0))
+    assert any("gif" in warning for warning in warnings_of(VIDEO, output_format="gif", output_quality=50))
+    assert warnings_of(VIDEO, fps=8.0) == []
+
+
+# What a checkpoint takes, in words.
+
+
+@pytest.mark.parametrize(
+    ("defaults", "tasks"),
+    [
+        (DEFAULTS, ["text-to-image"]),
+        (CHANGES_PICTURES, ["text-to-image", "image-to-image"]),
+        (VIDEO, ["text-to-video"]),
+        (ANIMATES, ["image-to-video"]),
+    ],
+)
+def test_tasks_follow_from_what_goes_in_and_comes_out(defaults: RequestDefaults, tasks: list[str]) -> None:
+    assert describe_tasks(defaults) == tasks
+
+
+@pytest.mark.parametrize("defaults", [DEFAULTS, UNDISTILLED, CHANGES_PICTURES, VIDEO, ANIMATES])
+def test_every_parameter_that_is_described_is_taken_at_its_bounds(defaults: RequestDefaults) -> None:
+    """And those that are not described are refused, or have no effect."""
+    described = describe_parameters(defaults, LIMITS)
+    assert set(described) <= {*INPUT_NAMES, "image"}
+    images = {"num_images": defaults.min_images or defaults.max_images}
+    for name, parameter in described.items():
+        values = [parameter[bound] for bound in ("min", "max") if bound in parameter] + parameter.get("choices", [])
+        for value in values:
+            if name in ("height", "width", "deadline_s", "num_frames", "fps", "flow_shift", "strength") and (
+                value == parameter.get("min") == 0 or name == "num_frames"
+            ):
+                continue
+            frames = {"num_frames": 1 + defaults.frame_step} if name == "output_format" and defaults.frame_step else {}
+            others = {"height": 16, "width": 16} if name in ("height", "width") else {}
+            resolve(defaults, **images | frames | others | {name: value})

@@ -28,7 +28,9 @@ from triton_diffusion.state import (
     RequestState,
     StageTimings,
     TensorInfo,
+    image_name,
     make_cancel_key,
+    merge_tensors,
     read_metadata,
     read_num_cancelled,
     read_progress,
@@ -291,6 +293,47 @@ def test_a_request_id_or_step_of_the_wrong_type_is_an_invalid_request(metadata: 
 
 
 # Cancelling by a caller's id.
+
+
+# Tensors of several stages in one state.
+
+
+def test_merged_tensors_are_those_of_both_with_the_later_metadata() -> None:
+    earlier = save({"a": np.arange(3), "image.0": np.zeros((2, 2, 3), np.uint8)}, {"from": "earlier"})
+    later = save({"b": np.ones(5, np.float32), "c": np.zeros((0, 2))}, {"from": "later"})
+    merged = merge_tensors(earlier, later)
+    assert {name: tensor.tolist() for name, tensor in load(merged).items()} == {
+        "a": [0, 1, 2],
+        "image.0": np.zeros((2, 2, 3)).tolist(),
+        "b": [1.0] * 5,
+        "c": [],
+    }
+    assert read_metadata(merged)[0] == {"from": "later"}
+
+
+def test_a_name_in_both_is_the_later_tensor() -> None:
+    merged = merge_tensors(save({"a": np.arange(3), "b": np.arange(2)}), save({"a": np.arange(9)}, {"k": "v"}))
+    assert {name: len(tensor) for name, tensor in load(merged).items()} == {"a": 9, "b": 2}
+
+
+def test_dropped_tensors_of_the_earlier_state_are_gone() -> None:
+    earlier = save({"a": np.arange(3), "image.0": np.zeros(7), "image.1": np.zeros(7)})
+    merged = merge_tensors(earlier, save({"b": np.arange(2)}, {"k": "v"}), drop="image.")
+    assert set(load(merged)) == {"a", "b"}
+
+
+def test_nothing_is_copied_where_the_earlier_state_adds_nothing() -> None:
+    later = save({"b": np.arange(2)}, {"k": "v"})
+    assert merge_tensors(save({"image.0": np.zeros(7)}), later, drop="image.") is later
+    assert merge_tensors(make_blob("r"), later) is later
+
+
+def test_pictures_travel_in_the_state_as_they_are() -> None:
+    pictures = [np.arange(12, dtype=np.uint8).reshape(2, 2, 3), np.full((1, 3, 3), 9, np.uint8)]
+    blob = make_blob("r", make_request(num_images=2), pictures)
+    assert read_state(blob).request.num_images == 2
+    for index, picture in enumerate(pictures):
+        assert np.array_equal(load(blob)[image_name(index)], picture)
 
 
 def test_a_cancel_key_needs_the_scope_as_well_as_the_id() -> None:

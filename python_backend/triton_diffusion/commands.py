@@ -16,8 +16,9 @@ from typing import get_args
 from triton_diffusion import repository
 from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, PolicyName, StageConfig, VaeTiling
 from triton_diffusion.errors import ConfigurationError
-from triton_diffusion.families.registry import check_checkpoint, check_parallel
-from triton_diffusion.loading.checkpoint import DEMO, open_checkpoint
+from triton_diffusion.families.registry import check_checkpoint, check_parallel, find_family
+from triton_diffusion.loading.checkpoint import DEMO, Checkpoint, open_checkpoint
+from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.server import StartProgress, TritonServer, describe_exit
 
 _LOG_ARGUMENTS = {
@@ -110,6 +111,16 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         str,
         'checkpoint folder in diffusers layout, hub id, or "demo" for the built-in checkpoint',
     )
+    group.add_argument(
+        "--name",
+        default=repository.DEFAULT_NAME,
+        help='what the checkpoint is called: requests go to the model of this name, as in "wan" (default: %(default)s)',
+    )
+    group.add_argument(
+        "--no-image-input",
+        action="store_true",
+        help="requests bring no pictures, and what would encode them is not loaded",
+    )
     add("num_gpus", int, "ranks of a stage in all, one a GPU; without a GPU, processes on the CPU")
     add("dp_size", int, "replicas that share them; 0: as many as the degrees below allow")
     add("gpu_device_ids", str, 'GPUs of each replica, as in "0,1;2,3"; default: the first ones')
@@ -158,7 +169,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("max_pixels", int, "height x width of one picture at most")
     add("max_num_inference_steps", int, "denoising steps of one request at most")
-    add("max_num_outputs", int, "pictures of one request at most")
+    add("max_num_frames", int, "frames of a video at most")
+    add("max_num_outputs", int, "pictures or videos of one request at most")
+    add("max_image_pixels", int, "height x width of a picture that a request brings at most")
     group.add_argument(
         "--response-cache",
         type=_size_bytes,
@@ -196,7 +209,8 @@ def _of_stages(settings: dict[str, str], text_tp_size: int | None, vae_size: int
     run on the first GPUs of each replica.
     """
     degrees = {name: settings.pop(name) for name in _DEGREES if name in settings}
-    sizes = {"text_encoding": text_tp_size or 1, "decoding": vae_size or 1}
+    sizes = dict.fromkeys(STAGE_MODELS, 1) | {"text_encoding": text_tp_size or 1, "decoding": vae_size or 1}
+    del sizes["denoising"]
     if not degrees and sum(sizes.values()) == len(sizes) and settings.get("dp_size", "0") == "0":
         return settings
     placing = {name: settings.pop(name) for name in ("num_gpus", "dp_size", "gpu_device_ids") if name in settings}
@@ -227,12 +241,9 @@ def _absolute_if_folder(model_path: str) -> str:
 def _serve(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.model_repository is None:
-        # A checkpoint that cannot be served is better known before a server starts; a hub id is downloaded here.
-        checkpoint = open_checkpoint(settings.get("model_path", DEMO))
-        check_checkpoint(checkpoint)
         with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
-            repository.build_repository(folder, settings, response_cache=args.response_cache is not None)
-            check_parallel(checkpoint, repository.read_stage_configs(Path(folder)))
+            # A checkpoint that cannot be served is better known before a server starts; a hub id is downloaded here.
+            _write_repository(args, folder, settings, open_checkpoint(settings.get("model_path", DEMO)))
             return _run_server(args, Path(folder), settings, _COMPLETE, temporary_folders=[folder])
     ineffective = sorted(set(settings) - {"startup_timeout_s"})
     if ineffective:
@@ -299,9 +310,50 @@ def _exit_status(server: TritonServer) -> int:
     return exit_code if exit_code > 0 else 128 - exit_code
 
 
+def _write_repository(
+    args: argparse.Namespace,
+    folder: str,
+    settings: dict[str, str],
+    checkpoint: Checkpoint | None,
+    *,
+    force: bool = False,
+) -> Path:
+    """Build the repository of a checkpoint, which must be one that can be served.
+
+    checkpoint: None if it is not here: then there are models for all stages, and those it does not have will be idle.
+
+    Raises:
+        ConfigurationError: it cannot be served, or not like this.
+    """
+    stages = set(STAGE_MODELS)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+        stages = set(find_family(checkpoint).stage_components(checkpoint))
+    if args.no_image_input:
+        stages.discard("image_encoding")
+        if checkpoint is not None:
+            find_family(checkpoint).request_defaults(checkpoint, takes_images=False)
+    path = repository.build_repository(
+        folder,
+        settings,
+        name=args.name,
+        stages=stages,
+        force=force,
+        response_cache=args.response_cache is not None,
+    )
+    if checkpoint is not None:
+        check_parallel(checkpoint, repository.read_stage_configs(path, args.name))
+    return path
+
+
 def _build_repository(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    model_path = settings.get("model_path", DEMO)
+    # The checkpoint of a hub id may be on another machine, where the server will run.
+    is_here = model_path == DEMO or Path(model_path).is_dir()
+    checkpoint = open_checkpoint(model_path) if is_here else None
+    folder = _write_repository(args, args.output, settings, checkpoint, force=args.force)
     cached = args.response_cache is not None
-    folder = repository.build_repository(args.output, _settings(args), force=args.force, response_cache=cached)
     cache = f" --response-cache {args.response_cache}" if cached else ""
     print(f"{folder}\nserve it: triton-diffusion serve --model-repository {folder}{cache}")
     return 0

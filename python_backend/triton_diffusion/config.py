@@ -19,7 +19,12 @@ VaeTiling = Literal["auto", "on", "off"]
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 # What the ranks of a group can share, for messages.
-_AXES = {"text_encoding": "tp_size", "decoding": "tiles, by the number of its ranks (num_gpus / dp_size)"}
+_AXES = {
+    "text_encoding": "tp_size",
+    "decoding": "tiles, by the number of its ranks (num_gpus / dp_size)",
+    "image_encoding": "one rank a replica",
+    "prior_generation": "one rank a replica",
+}
 
 # Above these a request is surely a mistake, whatever the deployment allows.
 HIGHEST = {
@@ -27,10 +32,11 @@ HIGHEST = {
     "width": 65_536,
     "num_inference_steps": 1_000_000,
     "num_outputs": 1000,
+    "num_frames": 100_000,
     "max_sequence_length": 65_536,
 }
 
-_Config = TypeVar("_Config", "StageConfig", "ChainConfig", "CancellationConfig")
+_Config = TypeVar("_Config", "StageConfig", "ChainConfig", "CancellationConfig", "FamiliesConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +177,10 @@ class StageConfig:
                 if getattr(self, name) not in off
             ]
             _require(not idle, f"{', '.join(idle)} is for denoising; {stage_model} has {_AXES[stage_model]}")
-        if stage_model == "decoding":
-            _require(self.tp_size == 1, f"tp_size={self.tp_size}: decoding has {_AXES['decoding']}")
+        if stage_model not in ("denoising", "text_encoding"):
+            _require(self.tp_size == 1, f"tp_size={self.tp_size}: {stage_model} has {_AXES[stage_model]}")
+            is_alone = stage_model == "decoding" or size == 1
+            _require(is_alone, f"{stage_model} has {_AXES[stage_model]}, and not {size}; change num_gpus or dp_size")
             return ParallelConfig()
         if stage_model == "text_encoding":
             tp = self.tp_size if self.tp_size > 1 else size
@@ -240,35 +248,68 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChainConfig:
-    """The chain model: the stages it calls and what a request may ask at most."""
+class StageNames:
+    """Which Triton model each stage is; empty where there is none."""
 
-    model_path: str = "demo"
-    """The same checkpoint as that of the stages; the chain reads its configuration files only."""
+    prior_generation_model: str = "prior_generation"
+    """Name of the Triton model that samples an autoregressive prior."""
+    image_encoding_model: str = "image_encoding"
+    """Name of the Triton model that encodes the pictures of a request; empty: requests can bring none."""
     text_encoding_model: str = "text_encoding"
     """Name of the Triton model that encodes prompts."""
     denoising_model: str = "denoising"
     """Name of the Triton model that denoises."""
     decoding_model: str = "decoding"
-    """Name of the Triton model that decodes latents and encodes pictures."""
-    max_concurrent_requests: int = 128
-    """Requests in the chain at a time; one more is refused as UNAVAILABLE."""
+    """Name of the Triton model that decodes latents and encodes pictures and videos."""
+
+    def model_of(self, stage: str) -> str:
+        """The Triton model that is a stage."""
+        name: str = getattr(self, f"{stage}_model")
+        return name
+
+    @property
+    def all_models(self) -> list[str]:
+        """Those that there are."""
+        names = [getattr(self, field.name) for field in dataclasses.fields(StageNames)]
+        return [name for name in names if name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimits:
+    """What a request may ask at most."""
+
     max_pixels: int = 4_194_304
-    """height x width of one picture at most."""
+    """height x width of one picture or frame at most."""
+    max_num_frames: int = 1025
+    """Frames of a video at most."""
     max_num_inference_steps: int = 200
     """Denoising steps of one request at most."""
     max_num_outputs: int = 8
-    """Pictures of one request at most."""
+    """Pictures or videos of one request at most."""
     max_prompt_bytes: int = 16_384
     """Length of a prompt in UTF-8 bytes at most."""
+    max_image_bytes: int = 33_554_432
+    """Size of a picture that a request brings, encoded, at most."""
+    max_image_pixels: int = 33_554_432
+    """Its height x width at most."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int):
+            if isinstance(value, int) and not isinstance(value, bool):
                 _require(value > 0, f"{field.name}={value} must be greater than 0")
                 highest = HIGHEST.get(field.name.removeprefix("max_"), value)
                 _require(value <= highest, f"{field.name}={value} must be at most {highest}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainConfig(StageNames, RequestLimits):
+    """The chain model: the stages it calls and what a request may ask at most."""
+
+    model_path: str = "demo"
+    """The same checkpoint as that of the stages; the chain reads its configuration files only."""
+    max_concurrent_requests: int = 128
+    """Requests in the chain at a time; one more is refused as UNAVAILABLE."""
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ChainConfig:
@@ -277,15 +318,9 @@ class ChainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CancellationConfig:
+class CancellationConfig(StageNames):
     """The model that cancels requests by their ids."""
 
-    text_encoding_model: str = "text_encoding"
-    """Name of the Triton model that encodes prompts."""
-    denoising_model: str = "denoising"
-    """Name of the Triton model that denoises."""
-    decoding_model: str = "decoding"
-    """Name of the Triton model that decodes latents and encodes pictures."""
     max_concurrent_cancels: int = 8
     """Cancels under way at once; others wait."""
 
@@ -297,6 +332,21 @@ class CancellationConfig:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> CancellationConfig:
+        """Read the `parameters` of the model's config.pbtxt; raises ConfigurationError."""
+        return _from_parameters(cls, parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamiliesConfig(RequestLimits):
+    """The model that says what requests can be."""
+
+    model_path: str = "demo"
+    """The same checkpoint as that of the chain."""
+    image_encoding_model: str = "image_encoding"
+    """Empty: requests can bring no pictures."""
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> FamiliesConfig:
         """Read the `parameters` of the model's config.pbtxt; raises ConfigurationError."""
         return _from_parameters(cls, parameters)
 

@@ -5,26 +5,29 @@ config.pbtxt files.
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from triton_diffusion.config import CancellationConfig, ChainConfig, StageConfig
+from triton_diffusion.config import CancellationConfig, ChainConfig, FamiliesConfig, StageConfig
 from triton_diffusion.errors import ConfigurationError, nearest_name_hint
 from triton_diffusion.runtime.work import STAGE_MODELS
 
 # Written beside the models, so that a later build knows which folders it may replace.
 _MARKER = ".triton-diffusion.json"
 # Which class reads the parameters of a model; the others are stages.
-_READERS: Mapping[str, type[ChainConfig | CancellationConfig]] = {
+_READERS: Mapping[str, type[ChainConfig | CancellationConfig | FamiliesConfig]] = {
     "diffusion": ChainConfig,
     "diffusion_stream": ChainConfig,
     "cancellation": CancellationConfig,
+    "families": FamiliesConfig,
 }
+DEFAULT_NAME = "diffusion"
 # Triton refuses a response cache for a decoupled model.
 _CACHED_MODEL = "diffusion"
 
@@ -38,10 +41,30 @@ def find_model_repository() -> Path:
     raise ConfigurationError(f"model_repository/ is not beside {package}; install triton-diffusion anew")
 
 
+def model_name(model: str, name: str) -> str:
+    """What a model of model_repository/ is called for a checkpoint that is served as `name`.
+
+    The chain has the name itself, so that requests go to "wan" (and "wan_stream"); the others have it in front, as in
+    "wan_denoising". Under the name "diffusion" all are called as in model_repository/.
+    """
+    if name == DEFAULT_NAME:
+        return model
+    return name + model.removeprefix("diffusion") if model.startswith("diffusion") else f"{name}_{model}"
+
+
 def build_repository(
-    destination: str | Path, settings: Mapping[str, str], *, force: bool = False, response_cache: bool = False
+    destination: str | Path,
+    settings: Mapping[str, str],
+    *,
+    name: str = DEFAULT_NAME,
+    stages: Collection[str] = STAGE_MODELS,
+    force: bool = False,
+    response_cache: bool = False,
 ) -> Path:
     """Write a model repository to `destination` and return its path.
+
+    Models of another `name` that an earlier call wrote there stay, so that one server serves several checkpoints.
+    `stages` are the stage models to write; the chain knows that there are no others.
 
     `settings` maps the name of a parameter to its value. A plain name (`dtype`) sets it in every model that
     has it, a name with a model (`denoising.dtype`) in that model only, and goes before the plain one.
@@ -54,25 +77,32 @@ def build_repository(
     """
     destination = Path(destination)
     source = find_model_repository()
+    _check_name(name)
     configs = {path.parent.name: _read(path) for path in sorted(source.glob("*/config.pbtxt"))}
     _set_parameters(configs, settings)
-    for name, config in configs.items():
-        _check(name, config)
+    _name_stages(configs, name, stages)
+    for model, config in configs.items():
+        _check(model, config)
     if response_cache:
         configs[_CACHED_MODEL].response_cache.enable = True
 
-    _make_room(destination, list(configs), force=force)
-    for name, config in configs.items():
-        shutil.copytree(source / name, destination / name, ignore=shutil.ignore_patterns("__pycache__"))
-        (destination / name / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
-    (destination / _MARKER).write_text(json.dumps({"models": list(configs)}), encoding="utf-8")
+    names = {model: model_name(model, name) for model in configs}
+    written = _make_room(destination, name, list(names.values()), force=force)
+    for model, config in configs.items():
+        config.name = names[model]
+        folder = destination / names[model]
+        shutil.copytree(source / model, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
+    written[name] = list(names.values())
+    (destination / _MARKER).write_text(json.dumps({"models": written}), encoding="utf-8")
     return destination
 
 
-def read_stage_configs(folder: Path) -> dict[str, StageConfig]:
-    """The configuration of every stage model in a repository; raises ConfigurationError."""
-    configs = {name: _read(folder / name / "config.pbtxt") for name in STAGE_MODELS}
-    return {name: StageConfig.from_parameters(_parameters(config)) for name, config in configs.items()}
+def read_stage_configs(folder: Path, name: str = DEFAULT_NAME) -> dict[str, StageConfig]:
+    """The configuration of every stage model of a name in a repository; raises ConfigurationError."""
+    paths = {stage: folder / model_name(stage, name) / "config.pbtxt" for stage in STAGE_MODELS}
+    configs = {stage: _read(path) for stage, path in paths.items() if path.is_file()}
+    return {stage: StageConfig.from_parameters(_parameters(config)) for stage, config in configs.items()}
 
 
 def is_built(folder: Path) -> bool:
@@ -85,6 +115,24 @@ def _read(path: Path) -> Any:
         return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
         raise ConfigurationError(f"{path} is not a model configuration: {error}") from error
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigurationError(f"name={name!r} must be letters, digits, '.', '_' and '-', as in \"wan-2.1\"")
+    others = {other for other in (*STAGE_MODELS, *_READERS) if other != DEFAULT_NAME}
+    if name in others:
+        raise ConfigurationError(f"name={name!r} is that of a model of its own; choose another name")
+
+
+def _name_stages(configs: dict[str, Any], name: str, stages: Collection[str]) -> None:
+    """Leave out the stage models that are not in `stages`, and tell the others what the stages are called."""
+    for stage in STAGE_MODELS:
+        if stage not in stages:
+            del configs[stage]
+        for config in configs.values():
+            if (key := f"{stage}_model") in config.parameters:
+                config.parameters[key].string_value = model_name(stage, name) if stage in stages else ""
 
 
 def _set_parameters(configs: Mapping[str, Any], settings: Mapping[str, str]) -> None:
@@ -121,18 +169,28 @@ def _parameters(config: Any) -> dict[str, str]:
     return {key: value.string_value for key, value in config.parameters.items()}
 
 
-def _make_room(destination: Path, models: list[str], *, force: bool) -> None:
+def _make_room(destination: Path, name: str, models: list[str], *, force: bool) -> dict[str, list[str]]:
+    """Remove what is written anew; returns the models of other names that are there."""
     try:
         destination.mkdir(parents=True, exist_ok=True)
         marker = destination / _MARKER
-        earlier = json.loads(marker.read_text(encoding="utf-8"))["models"] if marker.is_file() else None
-        if earlier is None and any(destination.iterdir()) and not force:
+        earlier: dict[str, list[str]] = {}
+        if marker.is_file():
+            earlier = json.loads(marker.read_text(encoding="utf-8"))["models"]
+        elif any(destination.iterdir()) and not force:
             raise ConfigurationError(
                 f"{destination} is not empty and was not made by triton-diffusion; choose another folder, "
                 f"or pass --force to replace {', '.join(models)} in it"
             )
-        for name in {*(earlier or ()), *models}:
-            if (destination / name).is_dir():
-                shutil.rmtree(destination / name)
+        taken = {model: other for other, names in earlier.items() if other != name for model in names}
+        if clashing := sorted(set(models) & set(taken)):
+            raise ConfigurationError(
+                f"name={name!r}: {', '.join(clashing)} in {destination} belongs to {taken[clashing[0]]!r}; "
+                "choose another name"
+            )
+        for model in {*earlier.pop(name, ()), *models}:
+            if (destination / model).is_dir():
+                shutil.rmtree(destination / model)
+        return earlier
     except OSError as error:
         raise ConfigurationError(f"{destination} cannot be written: {error}") from error

@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
-from triton_diffusion.config import HIGHEST, ChainConfig
+from triton_diffusion.config import HIGHEST, RequestLimits
 from triton_diffusion.errors import InvalidRequestError, nearest_name_hint
 from triton_diffusion.scheduler import DEFAULT_PRIORITY, HIGHEST_PRIORITY, LOWEST_PRIORITY, DeadlineAction
 
 DEADLINE_ACTIONS: tuple[DeadlineAction, ...] = get_args(DeadlineAction)
 LONGEST_DEADLINE_S = 1e6
-OUTPUT_FORMATS = ("b64_png", "b64_jpeg", "b64_webp", "png", "jpeg", "webp", "raw")
+PICTURE_FORMATS = ("b64_png", "b64_jpeg", "b64_webp", "png", "jpeg", "webp", "raw")
+VIDEO_FORMATS = ("b64_mp4", "b64_webm", "b64_gif", "mp4", "webm", "gif", "raw")
 MAX_SEED = 2**63 - 1
+HIGHEST_FPS = 240
+HIGHEST_FLOW_SHIFT = 100.0
 
 _Choice = TypeVar("_Choice", bound=str)
 
@@ -48,7 +51,17 @@ class GenerationRequest:
     """Tokens that the prompt is padded or cut to."""
     output_format: str
     output_quality: int
-    """1 to 100, for jpeg and webp."""
+    """1 to 100, of lossy formats: jpeg, webp, mp4, webm."""
+    num_frames: int = 1
+    """Pictures of one output; above 1 it is a video."""
+    fps: float = 0.0
+    """Frames a second of a video; without effect on pictures."""
+    flow_shift: float | None = None
+    """Shift of a flow-matching schedule: higher stays longer at high noise; None takes the checkpoint's."""
+    strength: float | None = None
+    """How far a given picture is changed, above 0 (hardly) to 1 (all new); None where no picture is changed."""
+    num_images: int = 0
+    """Pictures that the caller gave."""
     preview_interval: int = 0
     """Steps between two previews; 0 for none."""
     priority: int = DEFAULT_PRIORITY
@@ -73,6 +86,12 @@ class GenerationRequest:
             raise ValueError(f"preview_interval={self.preview_interval} or seed={self.seed} is out of bounds")
         if not (math.isfinite(self.guidance_scale) and math.isfinite(self.embedded_guidance_scale)):
             raise ValueError("a guidance scale is not finite")
+        if self.flow_shift is not None and not 0 < self.flow_shift <= HIGHEST_FLOW_SHIFT:
+            raise ValueError(f"flow_shift={self.flow_shift} must be above 0 and at most {HIGHEST_FLOW_SHIFT}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength={self.strength} must be above 0 and at most 1")
+        if not (math.isfinite(self.fps) and 0 <= self.fps <= HIGHEST_FPS) or self.num_images < 0:
+            raise ValueError(f"fps={self.fps} or num_images={self.num_images} is out of bounds")
         if not LOWEST_PRIORITY <= self.priority <= HIGHEST_PRIORITY:
             raise ValueError(f"priority={self.priority} must be between {LOWEST_PRIORITY} and {HIGHEST_PRIORITY}")
 
@@ -106,6 +125,18 @@ class RequestDefaults:
     max_sequence_length: int
     longest_sequence_length: int
     """Tokens that the text encoder takes at most."""
+    num_frames: int = 1
+    frame_step: int = 0
+    """num_frames must be 1 more than a multiple of this; 0 where the checkpoint makes pictures, not videos."""
+    fps: float = 0.0
+    flow_shift: float | None = None
+    """None where the schedule has no shift that a request could set."""
+    strength: float | None = None
+    """None where a picture cannot be changed (img2img)."""
+    min_images: int = 0
+    """Pictures that a request must bring."""
+    max_images: int = 0
+    """Pictures that a request may bring."""
 
 
 def example_request(defaults: RequestDefaults, **values: Any) -> GenerationRequest:
@@ -121,18 +152,22 @@ def example_request(defaults: RequestDefaults, **values: Any) -> GenerationReque
         "seed": 0,
         "num_outputs": 1,
         "max_sequence_length": defaults.max_sequence_length,
-        "output_format": OUTPUT_FORMATS[0],
+        "output_format": (VIDEO_FORMATS if defaults.num_frames > 1 else PICTURE_FORMATS)[0],
         "output_quality": 90,
+        "num_frames": defaults.num_frames,
+        "fps": defaults.fps,
+        "flow_shift": defaults.flow_shift,
+        "num_images": defaults.min_images,
     }
     return GenerationRequest(**left_open | values)
 
 
-INPUT_NAMES = tuple(field.name for field in dataclasses.fields(GenerationRequest))
-"""The input tensors of the chain; every one has shape [1]."""
+INPUT_NAMES = tuple(field.name for field in dataclasses.fields(GenerationRequest) if field.name != "num_images")
+"""The input tensors of the chain that have shape [1]; beside them it takes `image`, of shape [n]."""
 
 
 def resolve_request(
-    given: Mapping[str, Any], defaults: RequestDefaults, limits: ChainConfig
+    given: Mapping[str, Any], defaults: RequestDefaults, limits: RequestLimits, *, num_images: int = 0
 ) -> tuple[GenerationRequest, list[str]]:
     """Check what the caller gave and decide what was left open.
 
@@ -140,6 +175,7 @@ def resolve_request(
         given: Python values by input name; a name that is missing was not sent.
         defaults: of the checkpoint that is served.
         limits: of this deployment.
+        num_images: pictures that the caller gave.
 
     Returns:
         The request and the warnings that go into its `timings`.
@@ -154,6 +190,8 @@ def resolve_request(
     width = given.get("width", defaults.width)
     _check_size(height, width, defaults, limits)
     num_outputs = _checked_int(given, "num_outputs", 1, 1, limits.max_num_outputs)
+    _check_images(num_images, defaults)
+    num_frames = _checked_num_frames(given, defaults, limits)
     request = GenerationRequest(
         prompt=_checked_prompt(given, "prompt", limits),
         negative_prompt=_checked_prompt(given, "negative_prompt", limits),
@@ -171,7 +209,12 @@ def resolve_request(
         max_sequence_length=_checked_int(
             given, "max_sequence_length", defaults.max_sequence_length, 1, defaults.longest_sequence_length
         ),
-        output_format=_checked_choice(given, "output_format", OUTPUT_FORMATS),
+        num_frames=num_frames,
+        fps=_checked_fps(given, defaults),
+        flow_shift=_checked_flow_shift(given, defaults),
+        strength=_checked_strength(given, defaults, num_images),
+        num_images=num_images,
+        output_format=_checked_choice(given, "output_format", VIDEO_FORMATS if num_frames > 1 else PICTURE_FORMATS),
         output_quality=_checked_int(given, "output_quality", 90, 1, 100),
         preview_interval=_checked_int(given, "preview_interval", 0, 0, limits.max_num_inference_steps),
         priority=_checked_int(given, "priority", DEFAULT_PRIORITY, LOWEST_PRIORITY, HIGHEST_PRIORITY),
@@ -181,7 +224,77 @@ def resolve_request(
     return request, _warnings(given, request, defaults)
 
 
-def _check_size(height: int, width: int, defaults: RequestDefaults, limits: ChainConfig) -> None:
+def _check_images(num_images: int, defaults: RequestDefaults) -> None:
+    lowest, highest = defaults.min_images, defaults.max_images
+    if lowest <= num_images <= highest:
+        return
+    if not highest:
+        raise InvalidRequestError(
+            f"image: {num_images} given, and this server takes none for this model; leave out image, it draws from the "
+            "prompt alone"
+        )
+    allowed = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
+    raise InvalidRequestError(f"image: {num_images} given, and this model takes {allowed}")
+
+
+def _checked_num_frames(given: Mapping[str, Any], defaults: RequestDefaults, limits: RequestLimits) -> int:
+    value: int = given.get("num_frames", defaults.num_frames)
+    step = defaults.frame_step
+    if not step:
+        if value != 1:
+            raise InvalidRequestError(f"num_frames={value}: this model draws pictures, so it must be 1; leave it out")
+        return value
+    if value < 1 or (value - 1) % step:
+        lower = 1 + max(0, value - 1) // step * step
+        raise InvalidRequestError(
+            f"num_frames={value} must be 1 more than a multiple of {step} for this model; try {lower} or {lower + step}"
+        )
+    if value > limits.max_num_frames:
+        raise InvalidRequestError(
+            f"num_frames={value} must be at most {limits.max_num_frames} (parameter max_num_frames); "
+            "ask for a shorter video"
+        )
+    return value
+
+
+def _checked_fps(given: Mapping[str, Any], defaults: RequestDefaults) -> float:
+    value: float = given.get("fps", defaults.fps)
+    if not defaults.frame_step:
+        if "fps" in given:
+            raise InvalidRequestError(f"fps={value}: this model draws pictures, which have no fps; leave it out")
+        return 0.0
+    if not (math.isfinite(value) and 0 < value <= HIGHEST_FPS):
+        raise InvalidRequestError(f"fps={value} must be above 0 and at most {HIGHEST_FPS} frames a second")
+    return value
+
+
+def _checked_flow_shift(given: Mapping[str, Any], defaults: RequestDefaults) -> float | None:
+    value: float | None = given.get("flow_shift", defaults.flow_shift)
+    if value is None:
+        return None
+    if defaults.flow_shift is None:
+        raise InvalidRequestError(f"flow_shift={value}: the schedule of this model has no shift to set; leave it out")
+    if not (math.isfinite(value) and 0 < value <= HIGHEST_FLOW_SHIFT):
+        raise InvalidRequestError(f"flow_shift={value} must be above 0 and at most {HIGHEST_FLOW_SHIFT:g}")
+    return value
+
+
+def _checked_strength(given: Mapping[str, Any], defaults: RequestDefaults, num_images: int) -> float | None:
+    if "strength" not in given:
+        return defaults.strength if num_images else None
+    value: float = given["strength"]
+    if defaults.strength is None:
+        raise InvalidRequestError(
+            f"strength={value}: this model does not start from a picture, so it has no strength; leave it out"
+        )
+    if not num_images:
+        raise InvalidRequestError(f"strength={value} says how far a picture is changed; send it as image, too")
+    if not (math.isfinite(value) and 0 < value <= 1):
+        raise InvalidRequestError(f"strength={value} must be above 0 (hardly changed) and at most 1 (all new)")
+    return value
+
+
+def _check_size(height: int, width: int, defaults: RequestDefaults, limits: RequestLimits) -> None:
     multiple = defaults.size_multiple
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:
@@ -199,7 +312,7 @@ def _check_size(height: int, width: int, defaults: RequestDefaults, limits: Chai
         )
 
 
-def _checked_prompt(given: Mapping[str, Any], name: str, limits: ChainConfig) -> str:
+def _checked_prompt(given: Mapping[str, Any], name: str, limits: RequestLimits) -> str:
     if name == "prompt" and not given.get("prompt", "").strip():
         raise InvalidRequestError("prompt is empty; say in words what to draw")
     prompt = str(given.get(name, ""))
@@ -261,9 +374,84 @@ def _warnings(given: Mapping[str, Any], request: GenerationRequest, defaults: Re
         warnings.append(f"negative_prompt has no effect at guidance_scale={request.guidance_scale}; set it above 1")
     if "deadline_action" in given and request.deadline_s is None:
         warnings.append("deadline_action has no effect without deadline_s")
+    if "output_quality" in given and request.output_format.endswith("gif"):
+        warnings.append("output_quality has no effect on gif; mp4 and webm have it")
+    if "fps" in given and request.num_frames == 1:
+        warnings.append("fps has no effect on a single picture; set num_frames above 1")
     if request.uses_guidance and defaults.embedded_guidance_scale is not None:
         warnings.append(
             "guidance_scale mixes two predictions and doubles the work; "
             "the distilled guidance of this checkpoint is embedded_guidance_scale"
         )
     return warnings
+
+
+def describe_parameters(defaults: RequestDefaults, limits: RequestLimits) -> dict[str, dict[str, Any]]:
+    """What a request to this checkpoint can have: by input name its default and bounds, for people and programs."""
+
+    def number(default: Any, lowest: Any, highest: Any, text: str, **others: Any) -> dict[str, Any]:
+        return {"default": default, "min": lowest, "max": highest, "description": text} | others
+
+    multiple = defaults.size_multiple
+    largest = min(HIGHEST["height"], limits.max_pixels // multiple)
+    size = {"multiple_of": multiple}
+    formats = VIDEO_FORMATS if defaults.num_frames > 1 else PICTURE_FORMATS
+    parameters: dict[str, dict[str, Any]] = {
+        "prompt": {"default": None, "description": "what to draw"},
+        "negative_prompt": {"default": "", "description": "what to keep away from, where guidance_scale is above 1"},
+        "height": number(defaults.height, multiple, largest, "pixels", **size),
+        "width": number(defaults.width, multiple, largest, "pixels", **size),
+        "num_inference_steps": number(
+            defaults.num_inference_steps, 1, limits.max_num_inference_steps, "denoising steps"
+        ),
+        "guidance_scale": number(defaults.guidance_scale, 0, 1000, "classifier-free guidance; 1 is none"),
+        "seed": number(None, 0, MAX_SEED, "of the first output; left out, a random one"),
+        "num_outputs": number(1, 1, limits.max_num_outputs, "pictures or videos"),
+        "max_sequence_length": number(
+            defaults.max_sequence_length, 1, defaults.longest_sequence_length, "tokens of the prompt"
+        ),
+        "output_format": {"default": formats[0], "choices": list(formats), "description": "how it is encoded"},
+        "output_quality": number(90, 1, 100, "of lossy formats"),
+        "priority": number(DEFAULT_PRIORITY, LOWEST_PRIORITY, HIGHEST_PRIORITY, "9 goes first"),
+        "deadline_s": number(None, 0, LONGEST_DEADLINE_S, "seconds by which it is wanted"),
+        "deadline_action": {
+            "default": DEADLINE_ACTIONS[0],
+            "choices": list(DEADLINE_ACTIONS),
+            "description": "what becomes of a request whose deadline cannot be met",
+        },
+    }
+    if defaults.embedded_guidance_scale is not None:
+        parameters["embedded_guidance_scale"] = number(
+            defaults.embedded_guidance_scale, 0, 1000, "guidance of the distilled model"
+        )
+    if defaults.frame_step:
+        parameters["num_frames"] = number(
+            defaults.num_frames,
+            1,
+            limits.max_num_frames,
+            "frames of a video; 1 makes a picture",
+            one_more_than_multiple_of=defaults.frame_step,
+        )
+        parameters["fps"] = number(defaults.fps, 0, HIGHEST_FPS, "frames a second")
+    if defaults.flow_shift is not None:
+        parameters["flow_shift"] = number(
+            defaults.flow_shift, 0, HIGHEST_FLOW_SHIFT, "higher: more steps at high noise"
+        )
+    if defaults.max_images:
+        parameters["image"] = {
+            "default": None,
+            "min_count": defaults.min_images,
+            "max_count": defaults.max_images,
+            "max_bytes": limits.max_image_bytes,
+            "description": "pictures to start from or to go by: PNG, JPEG or WebP",
+        }
+    if defaults.strength is not None and defaults.max_images:
+        parameters["strength"] = number(defaults.strength, 0, 1, "how far the given picture is changed")
+    return parameters
+
+
+def describe_tasks(defaults: RequestDefaults) -> list[str]:
+    """What a checkpoint can do: "text-to-image", "image-to-image", "text-to-video", "image-to-video"."""
+    output = "video" if defaults.frame_step else "image"
+    tasks = [] if defaults.min_images else [f"text-to-{output}"]
+    return tasks + ([f"image-to-{output}"] if defaults.max_images else [])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ from triton_diffusion.request import GenerationRequest
 
 MAX_HEADER_BYTES = 4 << 20
 STATE, PROGRESS, CANCEL = "state", "progress", "cancel"
+IMAGE = "image."
+"""Prefix of the caller's pictures among the tensors."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,14 @@ def read_state(blob: bytes | memoryview) -> RequestState:
     return state
 
 
-def write_state(state: RequestState) -> bytes:
-    """A blob with no tensors: how a request begins."""
-    return save({}, state.metadata())
+def image_name(index: int) -> str:
+    """The name of a tensor with one of the caller's pictures."""
+    return f"{IMAGE}{index}"
+
+
+def write_state(state: RequestState, images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]] = ()) -> bytes:
+    """A blob as a request begins: with the caller's pictures, uint8 (H, W, 3) each, and nothing else."""
+    return save({image_name(index): image for index, image in enumerate(images)}, state.metadata())
 
 
 def write_progress_query(query: ProgressQuery) -> bytes:
@@ -202,11 +209,42 @@ def read_tensors(blob: bytes) -> dict[str, bytes]:
     return {name: bytes(tensor["data"]) for name, tensor in deserialize(blob)}
 
 
+def merge_tensors(earlier: bytes, later: bytes, *, drop: str = "") -> bytes:
+    """A blob with the tensors of both, and the metadata of the later one, whose tensors count where both have a name.
+
+    drop: prefix of tensors of the earlier one that are left out.
+    """
+    metadata, later_infos = read_metadata(later)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    bodies: list[memoryview] = []
+    size = 0
+    names = [name for name in read_metadata(earlier)[1] if not (drop and name.startswith(drop))]
+    if not set(names) - later_infos.keys():
+        return later
+    for blob in (earlier, later):
+        header_bytes = int.from_bytes(blob[:8], "little")
+        infos: dict[str, Any] = json.loads(blob[8 : 8 + header_bytes])
+        infos.pop("__metadata__", None)
+        for name, info in infos.items():
+            if blob is earlier and (name in later_infos or name not in names):
+                continue
+            start, end = info["data_offsets"]
+            bodies.append(memoryview(blob)[8 + header_bytes + start : 8 + header_bytes + end])
+            header[name] = info | {"data_offsets": [size, size + end - start]}
+            size += end - start
+    return b"".join((*_encoded_header(header), *bodies))
+
+
 def replace_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:
     """The blob with other metadata; the body is copied as it is."""
     header_bytes = int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8 : 8 + header_bytes])
     header["__metadata__"] = dict(metadata)
+    return b"".join((*_encoded_header(header), memoryview(blob)[8 + header_bytes :]))
+
+
+def _encoded_header(header: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """Length and text of a safetensors header."""
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    return b"".join((len(encoded).to_bytes(8, "little"), encoded, memoryview(blob)[8 + header_bytes :]))
+    return len(encoded).to_bytes(8, "little"), encoded

@@ -21,11 +21,13 @@ from tqdm import tqdm
 
 from benchmarks.in_process import InProcessPipeline, Setup
 from benchmarks.layouts.parity import measure_layouts
-from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length, request_defaults
+from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length
 from benchmarks.report import Figure, Report, describe_machine
 from benchmarks.running import running_server
 from triton_diffusion.config import ChainConfig, StageConfig
 from triton_diffusion.errors import DiffusionError
+from triton_diffusion.families.registry import find_family
+from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.runtime.service import Answer, StageService
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
 from triton_diffusion.state import RequestState, write_state
@@ -148,7 +150,10 @@ def _begin(request: PictureRequest, model_path: str) -> bytes:
     """The state that the chain model hands to the first stage."""
     given = {"prompt": request.prompt, **request.client_options()}
     incoming = IncomingRequest(given)
-    InputValidationStage(request_defaults(model_path), ChainConfig(model_path=model_path))([incoming])
+    checkpoint = open_checkpoint(model_path)
+    family = find_family(checkpoint)
+    limits = ChainConfig(model_path=model_path)
+    InputValidationStage(family, family.defaults(checkpoint), limits)([incoming])
     assert incoming.request is not None
     return write_state(RequestState(f"parity-{request.seed}", incoming.request))
 

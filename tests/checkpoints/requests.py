@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from triton_diffusion.request import GenerationRequest
 from triton_diffusion.state import RequestState, write_state
@@ -27,6 +31,8 @@ def make_request(**values: Any) -> GenerationRequest:
     return GenerationRequest(**defaults | values)
 
 
-def make_blob(request_id: str, request: GenerationRequest | None = None) -> bytes:
+def make_blob(
+    request_id: str, request: GenerationRequest | None = None, images: Sequence[NDArray[np.uint8]] = ()
+) -> bytes:
     """A request as it enters the first stage."""
-    return write_state(RequestState(request_id, request or make_request()))
+    return write_state(RequestState(request_id, request or make_request()), images)

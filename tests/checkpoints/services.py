@@ -10,6 +10,8 @@ from typing import Any
 
 from triton_diffusion.config import StageConfig
 from triton_diffusion.errors import DiffusionError
+from triton_diffusion.families.registry import find_family
+from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.runtime.service import Answer, StageService
 from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.state import (
@@ -95,4 +97,7 @@ def run_services(folder: Path, **values: Any) -> Iterator[dict[str, Caller]]:
         def start(stage_model: str) -> Caller:
             return stack.enter_context(run_service(stage_model, folder, **values))
 
-        yield dict(zip(STAGE_MODELS, pool.map(start, STAGE_MODELS), strict=True))
+        checkpoint = open_checkpoint(str(folder))
+        needed = find_family(checkpoint).stage_components(checkpoint)
+        stages = [stage_model for stage_model in STAGE_MODELS if stage_model in needed]
+        yield dict(zip(stages, pool.map(start, stages), strict=True))

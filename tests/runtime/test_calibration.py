@@ -36,14 +36,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def components_of(folder: Path, stage_model: str, dtype: torch.dtype = torch.float32) -> Components:
-    return load_components(open_checkpoint(str(folder)), FAMILY.stage_components[stage_model], dtype=dtype, device=CPU)
+    checkpoint = open_checkpoint(str(folder))
+    return load_components(checkpoint, FAMILY.stage_components(checkpoint)[stage_model], dtype=dtype, device=CPU)
 
 
 class TimedExecutor(RankExecutor):
     """The real stage, with a clock that says what a device would take; more than `memory` rows do not fit."""
 
     def __init__(self, components: Components, seconds: dict[int, float], memory: int = 10**6) -> None:
-        super().__init__("denoising", make_plan("denoising", FAMILY, components, alone()), alone())
+        super().__init__(make_plan("denoising", FAMILY, components, alone()), alone())
         self._seconds = seconds
         self._memory = memory
 

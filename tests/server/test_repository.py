@@ -39,9 +39,9 @@ def test_the_packaged_parameters_are_the_defaults_of_the_code(model) -> None:
 def test_the_chains_take_every_input_of_a_request(model) -> None:
     inputs = {item.name: item for item in read(find_model_repository() / model).input}
     not_streamed = {"preview_interval"} if model == "diffusion" else set()
-    assert set(inputs) == set(INPUT_NAMES) - not_streamed
+    assert set(inputs) == {*INPUT_NAMES, "image"} - not_streamed
     assert [name for name, item in inputs.items() if not item.optional] == ["prompt"]
-    assert all(list(item.dims) == [1] for item in inputs.values())
+    assert [name for name, item in inputs.items() if list(item.dims) != [1]] == ["image"]
 
 
 def test_only_the_stream_is_decoupled() -> None:

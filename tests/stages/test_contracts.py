@@ -67,9 +67,9 @@ def test_a_bad_output_is_an_error() -> None:
 
 @pytest.fixture(scope="module")
 def components(flux_checkpoint: Path) -> Components:
-    names = [name for group in FAMILY.stage_components.values() for name in group]
     checkpoint = open_checkpoint(str(flux_checkpoint))
-    return load_components(checkpoint, names, dtype=torch.float32, device=torch.device("cpu"))
+    names = {name: None for group in FAMILY.stage_components(checkpoint).values() for name in group}
+    return load_components(checkpoint, list(names), dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_an_unknown_stage_model_has_no_plan(components: Components) -> None:
 
 
 def test_input_validation_resolves_a_request(flux_checkpoint: Path) -> None:
-    stage = InputValidationStage(FAMILY.defaults(open_checkpoint(str(flux_checkpoint))), ChainConfig())
+    stage = InputValidationStage(FAMILY, FAMILY.defaults(open_checkpoint(str(flux_checkpoint))), ChainConfig())
     item = IncomingRequest({"prompt": "a cat", "negative_prompt": "dark"})
     stage([item])
     assert item.request is not None
@@ -106,7 +106,7 @@ def test_input_validation_resolves_a_request(flux_checkpoint: Path) -> None:
 
 
 def test_input_validation_refuses_what_the_checkpoint_cannot_draw(flux_checkpoint: Path) -> None:
-    stage = InputValidationStage(FAMILY.defaults(open_checkpoint(str(flux_checkpoint))), ChainConfig())
+    stage = InputValidationStage(FAMILY, FAMILY.defaults(open_checkpoint(str(flux_checkpoint))), ChainConfig())
     with pytest.raises(InvalidRequestError, match=r"height=30 .* multiple of 4"):
         stage([IncomingRequest({"prompt": "a cat", "height": 30})])
 

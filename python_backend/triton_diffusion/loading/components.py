@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from safetensors import safe_open
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from triton_diffusion.distributed.mesh import Axis
 from triton_diffusion.distributed.tensor_parallel import TensorPlan, add_communication, local_slice, shard_specs
@@ -72,6 +78,8 @@ def _load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, devic
     component_class: Any = _find_class(checkpoint, name)
     path = checkpoint.component_path(name)
     if not issubclass(component_class, torch.nn.Module):
+        if issubclass(component_class, LlamaTokenizer) and _is_byte_level(path):
+            component_class = PreTrainedTokenizerFast
         return component_class.from_pretrained(path, local_files_only=True)
     checkpoint.require_safetensors(name)
     module = component_class.from_pretrained(
@@ -82,6 +90,17 @@ def _load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, devic
         device_map={"": str(device)},
     )
     return module.eval().requires_grad_(False)
+
+
+def _is_byte_level(path: Path) -> bool:
+    """Whether a tokenizer splits text as GPT-2's and LLaMA 3's do.
+
+    transformers 5 gives LlamaTokenizer, and so LlamaTokenizerFast, the splitting of LLaMA 1 and 2 whatever its file
+    says: a checkpoint that names it for LLaMA 3, such as HunyuanVideo, would get tokens of words without spaces
+    (https://github.com/huggingface/transformers/issues/45488).
+    """
+    file = path / "tokenizer.json"
+    return file.is_file() and "ByteLevel" in json.dumps(json.loads(file.read_text()).get("pre_tokenizer"))
 
 
 def _load_slices(
@@ -111,6 +130,9 @@ def _load_slices(
                     part = part.to(torch.float32 if in_float32 & set(key.split(".")) else dtype)
                 # load_state_dict would refuse the slices for their shape.
                 unknown += _put(module, key, part.to(device))
+    # Weights that the published files have and no model uses.
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
     if tie := getattr(module, "tie_weights", None):
         tie()
     left = sorted(key for key, tensor in module.named_parameters() if tensor.is_meta)
@@ -141,6 +163,9 @@ def _put(module: torch.nn.Module, key: str, tensor: torch.Tensor) -> list[str]:
 
 def _find_class(checkpoint: Checkpoint, name: str) -> type[Any]:
     library, class_name = checkpoint.component_class(name)
+    if library in dir(diffusers.pipelines) and hasattr(transformers, class_name):
+        # save_pretrained names a pipeline's folder, if that is also the name of the folder the class comes from.
+        library = "transformers"
     if library not in ("diffusers", "transformers"):
         raise ConfigurationError(
             f"component {name!r} is {library}.{class_name}; only classes of diffusers and transformers are loaded"

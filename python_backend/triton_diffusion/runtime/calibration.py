@@ -76,6 +76,13 @@ class WarmUp:
         self._defaults = family.defaults(components.checkpoint)
         self._num_requests = 0
 
+    @property
+    def can_run(self) -> bool:
+        """Whether there are inputs without content for the stage; not of pictures, which a request may not have."""
+        if self._stage_model in ("text_encoding", "denoising"):
+            return not self._defaults.min_images
+        return self._stage_model == "decoding"
+
     def calibrate(self, device_name: str) -> Calibration:
         """Measure ever larger batches of the default size until they gain no speed, or do not fit."""
         request = self._request(self._defaults.height, self._defaults.width)
@@ -124,15 +131,23 @@ class WarmUp:
         return took
 
     def _request(self, height: int, width: int) -> GenerationRequest:
-        # One step more than runs: a request that ends would leave out the cost of a step in the middle.
-        return example_request(self._defaults, height=height, width=width, num_inference_steps=_MAX_RUNS + 1)
+        # One step more than runs: a request that ends would leave out the cost of a step in the middle. Without
+        # guidance, whatever the default: there are no examples of what a negative prompt leaves.
+        return example_request(
+            self._defaults, height=height, width=width, num_inference_steps=_MAX_RUNS + 1, guidance_scale=1.0
+        )
+
+    def tokens_of_default(self) -> int:
+        """Tokens of a request of the checkpoint's default size."""
+        return self._tokens(self._request(self._defaults.height, self._defaults.width))
 
     def _tokens(self, request: GenerationRequest) -> int:
         return tokens_per_row(self._stage_model, self._family, self._components.checkpoint, request)
 
     def _durations_s(self, request: GenerationRequest, rows: int, max_runs: int) -> list[float]:
         """Seconds of each of some ticks of `rows` requests."""
-        _, num_steps = rows_and_steps(self._stage_model, request)
+        checkpoint = self._components.checkpoint
+        _, num_steps = rows_and_steps(self._stage_model, self._family, checkpoint, request)
         durations_s: list[float] = []
         names: list[str] = []
         while len(durations_s) < max_runs and (

@@ -54,4 +54,4 @@ class EndRate:
 
 
 def _num_pixels(request: GenerationRequest) -> int:
-    return request.num_outputs * request.height * request.width
+    return request.num_outputs * request.num_frames * request.height * request.width

@@ -211,6 +211,9 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
         group.broadcast_bytes(msgspec.json.encode(known) if group.is_main else None), type=Calibration | None
     )
     warm_up = WarmUp(launch.stage_model, stage.executor, stage.family, stage.components, group)
+    if not warm_up.can_run:
+        limit = launch.max_batch_tokens or warm_up.tokens_of_default()
+        return Calibration(device=device, max_batch_tokens=limit, measurements=[])
     if launch.max_batch_tokens:
         measurements = known.measurements if known else []
         known = Calibration(device=device, max_batch_tokens=launch.max_batch_tokens, measurements=measurements)

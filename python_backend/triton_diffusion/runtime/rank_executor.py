@@ -15,7 +15,6 @@ from safetensors.torch import load
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import DiffusionError, from_wire, to_wire
 from triton_diffusion.runtime.messages import AdmitRequest, RunTick, TickDone
-from triton_diffusion.runtime.work import rows_and_steps
 from triton_diffusion.stages.base import StageRequest
 from triton_diffusion.stages.executor import pack_tensors, run_stage
 from triton_diffusion.stages.plan import StagePlan
@@ -42,8 +41,7 @@ class RankExecutor:
     of the batch goes on.
     """
 
-    def __init__(self, stage_model: str, plan: StagePlan, group: RankGroup) -> None:
-        self._stage_model = stage_model
+    def __init__(self, plan: StagePlan, group: RankGroup) -> None:
         self._plan = plan
         self._group = group
         self._held: dict[str, _Held] = {}
@@ -98,15 +96,19 @@ class RankExecutor:
                     if request_id not in failed:
                         work = self._held[request_id].work
                         failed |= self._attempt([request_id], partial(run_stage, stage, [work], self._group))
+                if request_id not in failed:
+                    self._count_steps(self._held[request_id])
         self._drop(failed)
         return failed
 
     def _open(self, request_id: str) -> None:
         held = self._held[request_id]
         state = read_state(held.blob)
-        num_rows, num_steps = rows_and_steps(self._stage_model, state.request)
-        held.rows_left = dict.fromkeys(range(num_rows), num_steps)
         held.work = StageRequest(request_id, state.request, load(held.blob))
+
+    def _count_steps(self, held: _Held) -> None:
+        assert held.work is not None
+        held.rows_left = dict(enumerate(self._plan.on_tick.num_steps(held.work)))
 
     def _step(self, rows: Rows) -> dict[str, DiffusionError]:
         """One step of all rows together; if that fails, of each request alone, to find the one at fault."""

@@ -430,10 +430,10 @@ class StageService:
 
     def _work(self, state: RequestState) -> Work:
         request = state.request
-        num_rows, num_steps = rows_and_steps(self._stage_model, request)
+        num_rows, num_steps = rows_and_steps(self._stage_model, self._family, self._checkpoint, request)
         return Work(
             request_id=state.request_id,
-            batch_key=self._family.batch_key(self._stage_model, request),
+            batch_key=self._family.batch_key(self._stage_model, request, state.tensor_infos),
             num_rows=num_rows,
             num_steps=num_steps,
             tokens=tokens_per_row(self._stage_model, self._family, self._checkpoint, request),

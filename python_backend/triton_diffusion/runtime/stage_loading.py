@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from triton_diffusion.config import VaeTiling
 from triton_diffusion.distributed.group import RankGroup
+from triton_diffusion.distributed.mesh import Mesh
 from triton_diffusion.distributed.tiles import share_tiles
 from triton_diffusion.distributed.transformer import prepare_transformer
-from triton_diffusion.families.base import ModelFamily
+from triton_diffusion.families.base import ModelFamily, check_backend
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.loading.components import Components, load_components
@@ -40,7 +42,7 @@ def load_stage(
     vae_tiling: VaeTiling = "auto",
     prompt_cache_bytes: int = 0,
 ) -> LoadedStage:
-    """Load the stage model "text_encoding", "denoising" or "decoding"; every rank of the group must call this.
+    """Load one of the STAGE_MODELS (runtime/work.py); every rank of the group must call this.
 
     Raises:
         ConfigurationError: the checkpoint or the attention backend cannot be used.
@@ -50,18 +52,34 @@ def load_stage(
     mesh = group.mesh
     components = load_components(
         checkpoint,
-        family.stage_components[stage_model],
+        family.stage_components(checkpoint)[stage_model],
         dtype=dtype,
         device=group.device,
         tensor_plans=family.parallelize.tensor_plans(checkpoint) if mesh.tp.degree > 1 else {},
         tp=mesh.tp,
     )
     if stage_model == "denoising":
-        transformer = components["transformer"]
-        prepare_transformer(transformer, family.parallelize.sequence_plan(transformer), mesh, attention_backend)
+        for name in family.denoisers:
+            if name in components.loaded:
+                _prepare(components[name], family, mesh, attention_backend)
         if mesh.cfg.degree > 1 and not family.has_true_guidance:
             logger.warning("%s has no unconditional prediction: enable_cfg_parallel divides batches only", family.name)
+        if not family.denoisers:
+            check_backend(family.name, attention_backend)
     if stage_model == "decoding":
+        family.check_tiles(group.size, vae_tiling)
         share_tiles(components["vae"], group, vae_tiling)
     plan = make_plan(stage_model, family, components, group, prompt_cache_bytes=prompt_cache_bytes)
-    return LoadedStage(RankExecutor(stage_model, plan, group), family, components)
+    return LoadedStage(RankExecutor(plan, group), family, components)
+
+
+def _prepare(transformer: Any, family: ModelFamily, mesh: Mesh, attention_backend: str) -> None:
+    if family.own_processors:
+        family.parallelize.set_attention_processors(transformer)
+    prepare_transformer(
+        transformer,
+        family.parallelize.sequence_plan(transformer),
+        mesh,
+        attention_backend,
+        head_dim=family.head_dim(transformer.config),
+    )

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from triton_diffusion.errors import StageError
 from triton_diffusion.request import GenerationRequest
+from triton_diffusion.state import image_name
 
 if TYPE_CHECKING:
     import torch
+
+    from triton_diffusion.families.base import Schedule
 
 Item = TypeVar("Item")
 
@@ -32,10 +35,10 @@ class StageParallelism(Enum):
 
 @dataclass
 class DenoiseRow:
-    """One picture in the making.
+    """One picture or video in the making.
 
-    latents: (1, S, C). conditioning: the transformer's arguments, each (1, ...). The position in the schedule lives in
-    `noise_scheduler`, which belongs to this row alone.
+    latents: (1, ...). conditioning: the transformer's arguments, each (1, ...). The position in the schedule lives in
+    `noise_scheduler`, which belongs to this row alone, as does the `generator` for noise schedulers that add noise.
     """
 
     key: str
@@ -48,15 +51,16 @@ class DenoiseRow:
     shared: dict[str, torch.Tensor]
     guidance_scale: float
     preview_interval: int
+    generator: torch.Generator
     step: int = 0
     prediction: torch.Tensor | None = None
     preview: torch.Tensor | None = None
-    """Estimate of the clean latents (1, S, C) at a step that wants a preview."""
+    """Estimate of the clean latents (1, ...) at a step that wants a preview."""
 
 
 @dataclass
 class Conditioning:
-    """What steers the denoising of one request; each tensor (1, ...)."""
+    """What steers the denoising of one request; each tensor (1, ...), or (num_outputs, ...)."""
 
     positive: dict[str, torch.Tensor]
     negative: dict[str, torch.Tensor] | None
@@ -72,8 +76,13 @@ class StageRequest:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     conditioning: Conditioning | None = None
-    noise_schedulers: list[Any] = field(default_factory=list)
+    schedules: list[Schedule] = field(default_factory=list)
     rows: list[DenoiseRow] = field(default_factory=list)
+
+    @property
+    def images(self) -> tuple[torch.Tensor, ...]:
+        """The caller's pictures, uint8 (H, W, 3) each."""
+        return tuple(self.inputs[image_name(index)] for index in range(self.request.num_images))
 
     def require_inputs(self, *names: str) -> None:
         """Raise StageError for an input that the stage before did not leave."""
@@ -124,6 +133,10 @@ class TickStage(PipelineStage[Item]):
     @abstractmethod
     def items(self, request: StageRequest, row: int) -> Item:
         """The item that is row `row` of a request."""
+
+    def num_steps(self, request: StageRequest) -> list[int]:
+        """How many ticks each row of a request takes."""
+        return [1]
 
     def commit(self, batch: Sequence[Item]) -> None:
         """Make the results of `forward` count."""

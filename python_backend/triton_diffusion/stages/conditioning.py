@@ -10,6 +10,10 @@ from triton_diffusion.errors import StageError
 from triton_diffusion.loading.components import Components
 from triton_diffusion.stages.base import Conditioning, PipelineStage, StageRequest
 from triton_diffusion.stages.text_encoding import NEGATIVE
+from triton_diffusion.state import IMAGE
+
+INITIAL = "initial_"
+"""Prefix of what only the preparation of the latents sees."""
 
 
 class ConditioningStage(PipelineStage[StageRequest]):
@@ -22,27 +26,31 @@ class ConditioningStage(PipelineStage[StageRequest]):
 
     def verify_input(self, item: StageRequest) -> None:
         """The text encoding left embeddings, negative ones too where guidance needs them."""
-        if not item.inputs:
+        if not self._arguments_in(item):
             raise StageError("the state has no embeddings; call text_encoding first")
         if item.request.uses_guidance and not any(name.startswith(NEGATIVE) for name in item.inputs):
             raise StageError(f"guidance_scale={item.request.guidance_scale} needs embeddings of the negative prompt")
-        for name, tensor in item.inputs.items():
-            if tensor.ndim < 2 or tensor.shape[0] != 1:
-                raise StageError(f"tensor {name!r} has shape {list(tensor.shape)}; one prompt has shape [1, ...]")
+        for name, tensor in self._arguments_in(item).items():
+            if not tensor.ndim or tensor.shape[0] not in (1, item.request.num_outputs):
+                raise StageError(
+                    f"tensor {name!r} has shape {list(tensor.shape)}; it must be [1, ...], the same for all outputs, "
+                    f"or [{item.request.num_outputs}, ...]"
+                )
 
     def forward(self, batch: Sequence[StageRequest]) -> None:
         """Set `conditioning` of every request."""
         for item in batch:
-            positive = {name: t for name, t in item.inputs.items() if not name.startswith(NEGATIVE)}
-            negative = {name[len(NEGATIVE) :]: t for name, t in item.inputs.items() if name.startswith(NEGATIVE)}
-            item.conditioning = Conditioning(
-                positive=self._arguments(item, positive),
-                negative=self._arguments(item, negative) if item.request.uses_guidance else None,
-            )
+            given = {name: self._on_device(tensor) for name, tensor in self._arguments_in(item).items()}
+            positive = {name: tensor for name, tensor in given.items() if not name.startswith(NEGATIVE)}
+            scale = item.request.embedded_guidance_scale
+            positive["embedded_guidance_scale"] = torch.tensor([scale], device=self._components.device)
+            negative = {name[len(NEGATIVE) :]: tensor for name, tensor in given.items() if name.startswith(NEGATIVE)}
+            item.conditioning = Conditioning(positive, positive | negative if item.request.uses_guidance else None)
 
-    def _arguments(self, item: StageRequest, embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        device, dtype = self._components.device, self._components.dtype
-        arguments = {name: tensor.to(device=device, dtype=dtype) for name, tensor in embeddings.items()}
-        scale = item.request.embedded_guidance_scale
-        arguments["embedded_guidance_scale"] = torch.tensor([scale], device=device, dtype=torch.float32)
-        return arguments
+    def _arguments_in(self, item: StageRequest) -> dict[str, torch.Tensor]:
+        """What the encoding stages have left for the transformer."""
+        others = (INITIAL, IMAGE)
+        return {name: tensor for name, tensor in item.inputs.items() if not name.startswith(others)}
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._components.device, self._components.dtype if tensor.is_floating_point() else None)

@@ -1,4 +1,4 @@
-"""DecodingStage: latents to pictures, and pictures to the bytes that the caller asked for."""
+"""DecodingStage: latents to pictures or videos, and those to the bytes that the caller asked for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
+from triton_diffusion import media
 from triton_diffusion.distributed.tiles import SharedTiles
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.components import Components
-from triton_diffusion.media import encode_picture
 from triton_diffusion.request import GenerationRequest
 from triton_diffusion.stages.base import StageRequest, TickStage
 
@@ -41,27 +41,31 @@ class DecodingStage(TickStage[StageRequest]):
         item.require_inputs("latents")
 
     def forward(self, batch: Sequence[StageRequest]) -> None:
-        """Outputs: pictures uint8 (num_outputs, H, W, 3)."""
+        """Outputs: pictures uint8 (num_outputs, H, W, 3), or videos (num_outputs, F, H, W, 3)."""
         components = self._components
-        latents = torch.cat([item.inputs["latents"] for item in batch]).to(components.device, components.dtype)
+        # In the type that they were made in: some autoencoders' statistics are taken back in float32.
+        latents = torch.cat([item.inputs["latents"] for item in batch]).to(components.device)
         parts = latents.split(self._pictures_per_pass(batch[0].request) or len(latents))
         pictures = torch.cat([self._decode_part(part, batch[0].request) for part in parts])
+        if pictures.ndim == 5 and pictures.shape[1] == 1:
+            pictures = pictures[:, 0]
         start = 0
         for item in batch:
             end = start + item.inputs["latents"].shape[0]
-            item.outputs["pictures"] = pictures[start:end]
+            item.outputs["videos" if pictures.ndim == 5 else "pictures"] = pictures[start:end]
             start = end
 
     def collect(self, request: StageRequest) -> None:
-        """Replace the pictures by encoded ones, media.0, media.1, ..., unless raw ones were asked for."""
-        if request.request.output_format == "raw":
+        """Replace pictures and videos by encoded ones, media.0, media.1, ..., unless raw ones were asked for."""
+        output_format, quality = request.request.output_format, request.request.output_quality
+        if output_format == "raw":
             return
-        encode = partial(
-            encode_picture,
-            output_format=request.request.output_format,
-            quality=request.request.output_quality,
-        )
-        files = self._threads.map(encode, request.outputs.pop("pictures").numpy())
+        if "videos" in request.outputs:
+            encode = partial(media.encode_video, output_format=output_format, fps=request.request.fps, quality=quality)
+            files = self._threads.map(encode, request.outputs.pop("videos").numpy())
+        else:
+            encode = partial(media.encode_picture, output_format=output_format, quality=quality)
+            files = self._threads.map(encode, request.outputs.pop("pictures").numpy())
         for index, data in enumerate(files):
             request.outputs[f"media.{index}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 

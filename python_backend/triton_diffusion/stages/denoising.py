@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +14,7 @@ from triton_diffusion.distributed.cfg import cfg_share, run_cfg_parallel
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import StageError
 from triton_diffusion.families.base import ModelFamily
+from triton_diffusion.families.schedules import clean_estimate
 from triton_diffusion.loading.components import Components
 from triton_diffusion.stages.base import DenoiseRow, StageParallelism, StageRequest, TickStage, require_finite
 
@@ -44,7 +48,7 @@ class DenoisingStage(TickStage[DenoiseRow]):
     parallelism = StageParallelism.CFG_PARALLEL
 
     def __init__(self, family: ModelFamily, components: Components, group: RankGroup) -> None:
-        self._denoise = family.denoise
+        self._family = family
         self._components = components
         self._group = group
         self.forget()
@@ -52,6 +56,10 @@ class DenoisingStage(TickStage[DenoiseRow]):
     def items(self, request: StageRequest, row: int) -> DenoiseRow:
         """One picture of the request."""
         return request.rows[row]
+
+    def num_steps(self, request: StageRequest) -> list[int]:
+        """Those of its schedule."""
+        return [len(row.timesteps) for row in request.rows]
 
     def verify_input(self, item: DenoiseRow) -> None:
         """The row has a step left."""
@@ -69,17 +77,18 @@ class DenoisingStage(TickStage[DenoiseRow]):
         for index, row_index in enumerate(stacked.guided, len(batch)):
             row, unconditional = batch[row_index], predictions[index : index + 1]
             assert row.prediction is not None
-            row.prediction = unconditional + row.guidance_scale * (row.prediction - unconditional)
+            row.prediction = self._family.mix_guidance(row.prediction, unconditional, row.guidance_scale)
 
     def _predict(self, batch: _Batch) -> torch.Tensor:
-        """The predictions (n, S, C) of this rank; n may be 0."""
+        """The predictions (n, ...) of this rank; n may be 0."""
+        scaled = [_model_input(row) for row in batch.rows]
+        inputs = [*scaled, *(scaled[index] for index in batch.guided)][batch.own]
         rows = batch.predicted[batch.own]
         if not rows:
-            latents = batch.rows[0].latents
-            return latents.new_empty(0, *latents.shape[1:])
-        return self._denoise.predict(
+            return scaled[0].new_empty(0, *scaled[0].shape[1:])
+        return self._family.denoise.predict(
             self._components,
-            _concatenate([row.latents for row in rows]),
+            _concatenate(inputs),
             torch.stack([row.timesteps[row.step] for row in rows]),
             batch.conditioning,
             rows[0].shared,
@@ -92,7 +101,9 @@ class DenoisingStage(TickStage[DenoiseRow]):
             is_last = row.step + 1 == len(row.timesteps)
             if row.preview_interval and not is_last and (row.step + 1) % row.preview_interval == 0:
                 row.preview = _clean_estimate(row)
-            row.latents = row.noise_scheduler.step(row.prediction, timestep, row.latents, return_dict=False)[0]
+            row.latents = row.noise_scheduler.step(
+                row.prediction, timestep, row.latents, return_dict=False, **_step_arguments(row)
+            )[0]
             row.prediction = None
             row.step += 1
 
@@ -101,7 +112,7 @@ class DenoisingStage(TickStage[DenoiseRow]):
         self._last_batch = _Batch((), [], slice(0), {})
 
     def collect(self, request: StageRequest) -> None:
-        """Outputs: latents (num_outputs, S, C)."""
+        """Outputs: latents (num_outputs, ...)."""
         latents = torch.cat([row.latents for row in request.rows])
         require_finite("latents", latents)
         request.outputs["latents"] = latents
@@ -113,7 +124,22 @@ class DenoisingStage(TickStage[DenoiseRow]):
             return None
         for row in request.rows:
             row.preview = None
-        return {"latents": torch.cat(previews)}
+        return {"latents": self._family.preview_latents(torch.cat(previews), request.request)}
+
+    def _stack_arguments(self, parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Each argument of all predictions; what differs in length is padded, with a mask beside it."""
+        stacked: dict[str, torch.Tensor] = {}
+        for name in parts[0]:
+            tensors = [part[name] for part in parts]
+            mask = self._family.padded.get(name)
+            lengths = [tensor.shape[1] for tensor in tensors] if mask else []
+            if mask and min(lengths) < max(lengths):
+                longest = max(lengths)
+                tensors = [_pad(tensor, longest) for tensor in tensors]
+                positions = torch.arange(longest, device=tensors[0].device)
+                stacked[mask] = positions[None] < torch.tensor(lengths, device=positions.device)[:, None]
+            stacked[name] = _concatenate(tensors)
+        return stacked
 
     def _stack(self, batch: Sequence[DenoiseRow]) -> _Batch:
         last = self._last_batch
@@ -124,9 +150,36 @@ class DenoisingStage(TickStage[DenoiseRow]):
         parts = [row.conditioning for row in batch]
         parts += [negative for row in batch if (negative := row.negative_conditioning) is not None]
         own = cfg_share(self._group, len(parts))
-        conditioning = {name: _concatenate([part[name] for part in parts[own]]) for name in parts[0] if parts[own]}
+        conditioning = self._stack_arguments(parts[own]) if parts[own] else {}
         self._last_batch = _Batch(tuple(batch), guided, own, conditioning)
         return self._last_batch
+
+
+def _pad(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros behind dim 1."""
+    padded = tensor.new_zeros(tensor.shape[0], length, *tensor.shape[2:])
+    padded[:, : tensor.shape[1]] = tensor
+    return padded
+
+
+def _model_input(row: DenoiseRow) -> torch.Tensor:
+    """The latents as the model expects them: some noise schedulers want them divided by the noise level."""
+    scale = getattr(row.noise_scheduler, "scale_model_input", None)
+    if scale is None:
+        return row.latents
+    scaled: torch.Tensor = scale(row.latents, row.timesteps[row.step])
+    return scaled.to(row.latents.dtype)
+
+
+def _step_arguments(row: DenoiseRow) -> dict[str, Any]:
+    """As the pipelines' prepare_extra_step_kwargs: the row's generator for noise schedulers that add noise, and eta 0."""
+    taken = _step_parameters(row.noise_scheduler.__class__)
+    return {name: value for name, value in (("generator", row.generator), ("eta", 0.0)) if name in taken}
+
+
+@functools.cache
+def _step_parameters(noise_scheduler: type[Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(noise_scheduler.step).parameters)
 
 
 def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -134,8 +187,6 @@ def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _clean_estimate(row: DenoiseRow) -> torch.Tensor:
-    """x0 = x - sigma * v, the clean end of flow matching's straight path (Lipman et al. 2023, arXiv:2210.02747)."""
     assert row.prediction is not None
-    sigma = row.noise_scheduler.sigmas[row.step]
-    estimate: torch.Tensor = row.latents - sigma.to(row.latents.dtype) * row.prediction
-    return estimate
+    index = len(row.noise_scheduler.timesteps) - len(row.timesteps) + row.step
+    return clean_estimate(row.noise_scheduler, index, row.latents, row.prediction)

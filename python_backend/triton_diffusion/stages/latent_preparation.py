@@ -1,8 +1,10 @@
-"""LatentPreparationStage: the noise that every row starts from."""
+"""LatentPreparationStage: the noise, or the noisy picture, that every row starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
 
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.components import Components
@@ -19,22 +21,31 @@ class LatentPreparationStage(PipelineStage[StageRequest]):
         self._components = components
 
     def forward(self, batch: Sequence[StageRequest]) -> None:
-        """Set `rows` of every request; conditioning and noise schedulers must be there."""
+        """Set `rows` of every request; conditioning and schedules must be there."""
         for item in batch:
             assert item.conditioning is not None
-            latents = self._denoise.prepare_latents(self._components, item.request)
-            shared = self._denoise.shared_inputs(self._components, item.request)
+            request, inputs = item.request, item.inputs
+            generators = [torch.Generator().manual_seed(seed) for seed in request.output_seeds]
+            latents = self._denoise.prepare_latents(self._components, request, inputs, item.schedules[0], generators)
+            shared = self._denoise.shared_inputs(self._components, request, inputs)
+            negative = item.conditioning.negative
             item.rows = [
                 DenoiseRow(
                     key=f"{item.request_id}/{index}",
                     latents=latents[index : index + 1],
-                    noise_scheduler=noise_scheduler,
-                    timesteps=noise_scheduler.timesteps,
-                    conditioning=item.conditioning.positive,
-                    negative_conditioning=item.conditioning.negative,
+                    noise_scheduler=schedule.noise_scheduler,
+                    timesteps=schedule.timesteps,
+                    conditioning=_of_output(item.conditioning.positive, index),
+                    negative_conditioning=None if negative is None else _of_output(negative, index),
                     shared=shared,
-                    guidance_scale=item.request.guidance_scale,
-                    preview_interval=item.request.preview_interval,
+                    guidance_scale=request.guidance_scale,
+                    preview_interval=request.preview_interval,
+                    generator=generator,
                 )
-                for index, noise_scheduler in enumerate(item.noise_schedulers)
+                for index, (schedule, generator) in enumerate(zip(item.schedules, generators, strict=True))
             ]
+
+
+def _of_output(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    """The part of one output: its own, or what all outputs share."""
+    return {name: t[index : index + 1] if len(t) > 1 else t for name, t in tensors.items()}

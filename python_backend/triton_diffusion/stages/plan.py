@@ -12,7 +12,9 @@ from triton_diffusion.stages.base import PipelineStage, StageRequest, TickStage
 from triton_diffusion.stages.conditioning import ConditioningStage
 from triton_diffusion.stages.decoding import DecodingStage
 from triton_diffusion.stages.denoising import DenoisingStage
+from triton_diffusion.stages.image_encoding import ImageEncodingStage
 from triton_diffusion.stages.latent_preparation import LatentPreparationStage
+from triton_diffusion.stages.prior_generation import PriorGenerationStage
 from triton_diffusion.stages.prompt_cache import PromptCache
 from triton_diffusion.stages.text_encoding import TextEncodingStage
 from triton_diffusion.stages.timestep_preparation import TimestepPreparationStage
@@ -31,8 +33,12 @@ class StagePlan:
 def make_plan(
     stage_model: str, family: ModelFamily, components: Components, group: RankGroup, *, prompt_cache_bytes: int = 0
 ) -> StagePlan:
-    """The plan of the stage model "text_encoding", "denoising" or "decoding"."""
+    """The plan of a stage model, one of STAGE_MODELS (runtime/work.py)."""
     match stage_model:
+        case "prior_generation":
+            return StagePlan((), PriorGenerationStage(family, components))
+        case "image_encoding":
+            return StagePlan((), ImageEncodingStage(family, components))
         case "text_encoding":
             return StagePlan((), TextEncodingStage(family, components, PromptCache(prompt_cache_bytes)))
         case "denoising":

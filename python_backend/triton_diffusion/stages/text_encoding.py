@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from hashlib import sha256
 
-import torch
-
-from triton_diffusion.families.base import EncodedPrompt, ModelFamily
+from triton_diffusion.families.base import EncodedPrompt, ModelFamily, Prompt
 from triton_diffusion.loading.components import Components
+from triton_diffusion.request import GenerationRequest
 from triton_diffusion.stages.base import StageRequest, TickStage
 from triton_diffusion.stages.prompt_cache import PromptCache
 
@@ -22,7 +22,7 @@ class TextEncodingStage(TickStage[StageRequest]):
     name = "text_encoding"
 
     def __init__(self, family: ModelFamily, components: Components, cache: PromptCache) -> None:
-        self._encode = family.encode
+        self._family = family
         self._components = components
         self._cache = cache
         self._counts: Counter[str] = Counter()
@@ -33,17 +33,19 @@ class TextEncodingStage(TickStage[StageRequest]):
 
     def forward(self, batch: Sequence[StageRequest]) -> None:
         """Leave the conditioning of every request in its outputs."""
-        jobs = [(item, "", item.request.prompt) for item in batch]
-        jobs += [(item, NEGATIVE, item.request.negative_prompt) for item in batch if item.request.uses_guidance]
-        prompts = list(dict.fromkeys(prompt for _, _, prompt in jobs))
-        by_prompt = self._encode_new(prompts, batch[0].request.max_sequence_length)
+        jobs = [(item, self._prompt(item, is_negative=False)) for item in batch]
+        jobs += [(item, self._prompt(item, is_negative=True)) for item in batch if item.request.uses_guidance]
+        keys = [self._key(prompt, item.request) for item, prompt in jobs]
+        prompts = {key: prompt for key, (_, prompt) in zip(keys, jobs, strict=True)}
+        by_key = self._encode_new(prompts, batch[0].request.max_sequence_length)
         for item in batch:
             item.warnings.clear()
-        for item, prefix, prompt in jobs:
-            tensors: dict[str, torch.Tensor] = by_prompt[prompt].conditioning
-            item.outputs.update({prefix + name: tensor for name, tensor in tensors.items()})
-            if warning := by_prompt[prompt].warning:
-                item.warnings.append(f"negative prompt: {warning}" if prefix else warning)
+        for (item, prompt), key in zip(jobs, keys, strict=True):
+            encoded = by_key[key]
+            prefix = NEGATIVE if prompt.is_negative else ""
+            item.outputs.update({prefix + name: tensor for name, tensor in encoded.conditioning.items()})
+            if encoded.warning:
+                item.warnings.append(f"negative prompt: {encoded.warning}" if prefix else encoded.warning)
 
     def take_counts(self) -> dict[str, int]:
         """Prompts looked up in the cache, and found there."""
@@ -55,18 +57,27 @@ class TextEncodingStage(TickStage[StageRequest]):
         self._cache.clear()
         self._counts.clear()
 
-    def _encode_new(self, prompts: list[str], max_sequence_length: int) -> dict[str, EncodedPrompt]:
+    def _prompt(self, item: StageRequest, *, is_negative: bool) -> Prompt:
+        text = item.request.negative_prompt if is_negative else item.request.prompt
+        return Prompt(text, is_negative, item.images if self._family.text_encoder_sees_images else ())
+
+    def _key(self, prompt: Prompt, request: GenerationRequest) -> Hashable:
+        key = self._family.encode.cache_key(self._components, prompt, request.max_sequence_length)
+        return key, tuple((image.shape, sha256(image.numpy().tobytes()).digest()) for image in prompt.images)
+
+    def _encode_new(self, prompts: dict[Hashable, Prompt], max_sequence_length: int) -> dict[Hashable, EncodedPrompt]:
         """Every prompt's encoding, from the cache or from one pass for all the others."""
-        keys = {prompt: self._encode.cache_key(self._components, prompt, max_sequence_length) for prompt in prompts}
-        by_prompt = {prompt: found for prompt, key in keys.items() if (found := self._cache.get(key)) is not None}
-        new = [prompt for prompt in prompts if prompt not in by_prompt]
+        by_key = {key: found for key in prompts if (found := self._cache.get(key)) is not None}
+        new = [key for key in prompts if key not in by_key]
         if new:
-            encoded = self._encode.encode_prompts(self._components, new, max_sequence_length)
-            by_prompt.update(zip(new, encoded, strict=True))
-        for prompt in new:
-            self._cache.put(keys[prompt], by_prompt[prompt])
+            encoded = self._family.encode.encode_prompts(
+                self._components, [prompts[key] for key in new], max_sequence_length
+            )
+            by_key.update(zip(new, encoded, strict=True))
+        for key in new:
+            self._cache.put(key, by_key[key])
         self._counts.update(prompt_cache_lookups_total=len(prompts), prompt_cache_hits_total=len(prompts) - len(new))
-        return by_prompt
+        return by_key
 
     def verify_output(self, item: StageRequest) -> None:
         """Every embedding is finite."""

@@ -2,6 +2,7 @@
 
 from triton_diffusion.triton.cancellation_model import CancellationModel
 from triton_diffusion.triton.chain_model import ChainModel
+from triton_diffusion.triton.families_model import FamiliesModel
 from triton_diffusion.triton.stage_model import StageModel
 
-__all__ = ["CancellationModel", "ChainModel", "StageModel"]
+__all__ = ["CancellationModel", "ChainModel", "FamiliesModel", "StageModel"]

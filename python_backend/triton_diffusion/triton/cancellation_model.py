@@ -43,7 +43,7 @@ class CancellationModel:
             config = CancellationConfig.from_parameters(read_parameters(args))
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self._stages = (config.text_encoding_model, config.denoising_model, config.decoding_model)
+        self._stages = config.all_models
         self._threads = ThreadPoolExecutor(config.max_concurrent_cancels, "cancel")
 
     def execute(self, requests: list[Any]) -> None:

@@ -20,16 +20,18 @@ from triton_diffusion.config import ChainConfig
 from triton_diffusion.errors import DiffusionError, InvalidRequestError, QueueFullError, RequestCancelledError
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.request import INPUT_NAMES, GenerationRequest
+from triton_diffusion.request import INPUT_NAMES, PICTURE_FORMATS, GenerationRequest
 from triton_diffusion.runtime.estimates import DecodingTime, EndRate
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
 from triton_diffusion.state import (
+    IMAGE,
     CancelOrder,
     Progress,
     ProgressQuery,
     RequestState,
     StageTimings,
     make_cancel_key,
+    merge_tensors,
     read_progress,
     read_state,
     read_tensors,
@@ -40,8 +42,10 @@ from triton_diffusion.state import (
 )
 from triton_diffusion.triton.conversion import (
     bytes_tensor,
+    decode_images,
     json_tensor,
     read_cancel_scope,
+    read_image_files,
     read_inputs,
     read_parameters,
     send_final,
@@ -75,11 +79,14 @@ class ChainModel:
         set_up_logging(args["model_name"])
         try:
             self._config = ChainConfig.from_parameters(read_parameters(args))
-            checkpoint = open_checkpoint(self._config.model_path)
-            defaults = find_family(checkpoint).defaults(checkpoint)
+            self._checkpoint = open_checkpoint(self._config.model_path)
+            self._family = find_family(self._checkpoint)
+            defaults = self._family.request_defaults(
+                self._checkpoint, takes_images=bool(self._config.image_encoding_model)
+            )
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self._validation = InputValidationStage(defaults, self._config)
+        self._validation = InputValidationStage(self._family, defaults, self._config)
         self._needs_seed = uses_response_cache(args)
         self._decoding_time = DecodingTime()
         self._end_rate = EndRate()
@@ -103,7 +110,7 @@ class ChainModel:
                 self._register(job)
                 job.read_parameters(request)
                 given = read_inputs(request, INPUT_NAMES)
-                self._threads.submit(self._run, job, given)
+                self._threads.submit(self._run, job, given, read_image_files(request))
             except Exception as error:
                 self._finish(job, pb_utils.InferenceResponse(error=triton_error(error)))
 
@@ -136,9 +143,10 @@ class ChainModel:
                 self._has_jobs.clear()
         job.finish(response)
 
-    def _run(self, job: _Job, given: dict[str, Any]) -> None:
+    def _run(self, job: _Job, given: dict[str, Any], image_files: list[bytes]) -> None:
         try:
-            response = pb_utils.InferenceResponse(output_tensors=self._generate(job, given))
+            incoming = IncomingRequest(given, decode_images(image_files, self._config))
+            response = pb_utils.InferenceResponse(output_tensors=self._generate(job, incoming))
             self._end_rate.note_end()
         except Exception as error:
             if not isinstance(error, DiffusionError):
@@ -146,17 +154,17 @@ class ChainModel:
             response = pb_utils.InferenceResponse(error=triton_error(error))
         self._finish(job, response)
 
-    def _generate(self, job: _Job, given: dict[str, Any]) -> list[Any]:
+    def _generate(self, job: _Job, incoming: IncomingRequest) -> list[Any]:
         """Take a request through all stages; returns the output tensors."""
-        if self._needs_seed and "seed" not in given:
+        if self._needs_seed and "seed" not in incoming.given:
             raise InvalidRequestError(
                 "seed is missing: this server answers equal requests from its response cache, and so would draw the "
                 "same picture again and again; send a seed, another one for each picture"
             )
-        incoming = IncomingRequest(given)
         self._validation([incoming])
         assert incoming.request is not None
-        job.progress = Progress(0, incoming.request.num_inference_steps, 0.0, None)
+        num_steps = self._family.num_steps(incoming.request, self._checkpoint)
+        job.progress = Progress(0, num_steps, 0.0, None)
         validation = StageTimings(run_s=time.monotonic() - job.arrived_s)
         state = RequestState(
             job.request_id,
@@ -166,8 +174,8 @@ class ChainModel:
             cancel_key=job.cancel_key,
             deadlines_s=self._deadlines_s(job, incoming.request),
         )
-        blob = self._call(job, self._config.text_encoding_model, write_state(state))
-        blob = self._denoise_in_view(job, blob, incoming.request) if self.stream else self._denoise(job, blob)
+        blob = self._encode(job, write_state(state, incoming.images), incoming.request)
+        blob = self._denoise_in_view(job, blob, num_steps) if self.stream else self._denoise(job, blob)
         blob = self._call(job, self._config.decoding_model, blob)
         state = read_state(blob)
         self._decoding_time.observe(incoming.request, state.timings["decoding"].run_s)
@@ -179,12 +187,21 @@ class ChainModel:
             return {}
         end_s = job.arrived_s + request.deadline_s
         before_decoding_s = end_s - self._decoding_time.estimate_s(request)
-        return {"text_encoding": before_decoding_s, "denoising": before_decoding_s, "decoding": end_s}
+        return dict.fromkeys((*self._family.encoders(request), "denoising"), before_decoding_s) | {"decoding": end_s}
+
+    def _encode(self, job: _Job, blob: bytes, request: GenerationRequest) -> bytes:
+        """Through the stages before denoising: each sees what those before have left, and adds to it."""
+        stages = self._family.encoders(request)
+        for stage in stages:
+            outcome = self._call(job, self._config.model_of(stage), blob)
+            # The caller's pictures end here.
+            blob = merge_tensors(blob, outcome, drop=IMAGE if stage == stages[-1] else "")
+        return blob
 
     def _denoise(self, job: _Job, blob: bytes) -> bytes:
         return self._call(job, self._config.denoising_model, blob)
 
-    def _denoise_in_view(self, job: _Job, blob: bytes, request: GenerationRequest) -> bytes:
+    def _denoise_in_view(self, job: _Job, blob: bytes, num_steps: int) -> bytes:
         """Denoise, and meanwhile send the caller a message for every step."""
         started_s = time.monotonic()
         result = self._helpers.submit(self._denoise, job, blob)
@@ -201,8 +218,7 @@ class ChainModel:
             wait([result])
             wait(previews)
         # The last steps, if the result came before the answer to the question about them.
-        total = request.num_inference_steps
-        self._send_progress(job, step, Progress(total, total, time.monotonic() - started_s, 0.0))
+        self._send_progress(job, step, Progress(num_steps, num_steps, time.monotonic() - started_s, 0.0))
         return denoised
 
     def _follow(self, job: _Job, result: Future[bytes], previews: list[Future[None]]) -> int:
@@ -232,8 +248,12 @@ class ChainModel:
     def _send_preview(self, job: _Job, preview: bytes, progress: Progress) -> None:
         """Have the estimate of the clean picture decoded, and send it under the step that it shows."""
         state = read_state(preview)
-        output_format = "png" if state.request.output_format == "raw" else state.request.output_format
-        state.request = dataclasses.replace(state.request, output_format=output_format)
+        given = state.request.output_format
+        output_format = given if given in PICTURE_FORMATS and given != "raw" else "png"
+        if given.startswith("b64_") and output_format == "png":
+            output_format = "b64_png"
+        # Of a video, the latents of a preview are those of its first picture.
+        state.request = dataclasses.replace(state.request, output_format=output_format, num_frames=1)
         state.request_id = f"{job.request_id}-preview-{progress.step}"
         state.cancel_key, state.deadlines_s = "", {}
         try:
@@ -377,11 +397,15 @@ def _output_tensors(job: _Job, state: RequestState, tensors: dict[str, bytes]) -
         json_tensor("timings", _timings(job, state)),
     ]
     if request.output_format == "raw":
-        shape = state.tensor_infos["pictures"].shape
-        outputs.append(pb_utils.Tensor("raw_image", np.frombuffer(tensors["pictures"], np.uint8).reshape(shape)))
+        (name,) = tensors
+        pixels = np.frombuffer(tensors[name], np.uint8).reshape(state.tensor_infos[name].shape)
+        outputs.append(pb_utils.Tensor("raw_video" if name == "videos" else "raw_image", pixels))
     else:
-        outputs.append(bytes_tensor("generated_image", _media(tensors)))
+        outputs.append(bytes_tensor(_OUTPUT[request.num_frames > 1], _media(tensors)))
     return outputs
+
+
+_OUTPUT = {False: "generated_image", True: "generated_video"}
 
 
 def _media(tensors: dict[str, bytes]) -> list[bytes]:

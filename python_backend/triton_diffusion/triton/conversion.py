@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from triton_diffusion.config import RequestLimits
 from triton_diffusion.errors import (
     DeadlineExceededError,
     DiffusionError,
@@ -20,8 +21,10 @@ from triton_diffusion.errors import (
     is_wire_name,
     to_wire,
 )
+from triton_diffusion.media import decode_image
 
 STATE = "state"
+IMAGE_INPUT = "image"
 # What Triton says when a stage is called while the server ends.
 _STOPPING = ("Server not ready", "Server is stopping")
 
@@ -68,6 +71,25 @@ def read_inputs(request: Any, names: Sequence[str]) -> dict[str, Any]:
         value = array.reshape(-1)[0]
         values[name] = _decode(name, value) if isinstance(value, bytes) else value.item()
     return values
+
+
+def read_image_files(request: Any) -> list[bytes]:
+    """The encoded pictures of the input `image`."""
+    tensor = pb_utils.get_input_tensor_by_name(request, IMAGE_INPUT)
+    return [] if tensor is None else [bytes(value) for value in tensor.as_numpy().reshape(-1)]
+
+
+def decode_images(files: Sequence[bytes], limits: RequestLimits) -> list[Any]:
+    """The pictures, uint8 (H, W, 3) each; raises InvalidRequestError."""
+    return [
+        decode_image(
+            value,
+            name=f"{IMAGE_INPUT}[{index}]",
+            max_pixels=limits.max_image_pixels,
+            max_bytes=limits.max_image_bytes,
+        )
+        for index, value in enumerate(files)
+    ]
 
 
 def _decode(name: str, value: bytes) -> str:

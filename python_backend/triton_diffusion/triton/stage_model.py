@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, ClassVar
 
 import triton_python_backend_utils as pb_utils
 
 from triton_diffusion.config import StageConfig
-from triton_diffusion.errors import DiffusionError
+from triton_diffusion.errors import DiffusionError, InvalidRequestError
+from triton_diffusion.families.registry import find_family
+from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.runtime.service import Answer, StageService
+from triton_diffusion.state import CancelOrder, read_stage_input, write_num_cancelled
 from triton_diffusion.triton.conversion import (
     STATE,
     read_parameters,
@@ -21,18 +25,30 @@ from triton_diffusion.triton.conversion import (
 )
 from triton_diffusion.triton.metrics import MetricsPublisher
 
+logger = logging.getLogger(__name__)
+
 
 class StageModel:
-    """Takes a state, answers with a state. `execute` returns at once, so one instance has many requests in work."""
+    """Takes a state, answers with a state. `execute` returns at once, so one instance has many requests in work.
+
+    Of a stage that its checkpoint does not have, the model loads and starts no ranks.
+    """
 
     stage: ClassVar[str]
-    """"text_encoding", "denoising" or "decoding"."""
+    """One of STAGE_MODELS (runtime/work.py)."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the worker groups; the model becomes ready when they have loaded."""
         set_up_logging(args["model_name"])
+        self._service: StageService | None = None
+        self._metrics: MetricsPublisher | None = None
         try:
-            self._service = StageService(self.stage, StageConfig.from_parameters(read_parameters(args)))
+            config = StageConfig.from_parameters(read_parameters(args))
+            checkpoint = open_checkpoint(config.model_path)
+            if self.stage not in find_family(checkpoint).stage_components(checkpoint):
+                logger.info("a %s has no %s: this model has nothing to do", checkpoint.pipeline_class, self.stage)
+                return
+            self._service = StageService(self.stage, config)
             self._service.start()
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
@@ -42,13 +58,28 @@ class StageModel:
         """Hand every request to the service; its answer goes out through the response sender."""
         for request in requests:
             sender = request.get_response_sender()
-            tensor = pb_utils.get_input_tensor_by_name(request, STATE)
-            self._service.submit(read_state_tensor(tensor), partial(_send, sender))
+            blob = read_state_tensor(pb_utils.get_input_tensor_by_name(request, STATE))
+            if self._service is None:
+                _send(sender, _answer_idle(blob))
+            else:
+                self._service.submit(blob, partial(_send, sender))
 
     def finalize(self) -> None:
         """End the worker groups."""
-        self._metrics.stop()
-        self._service.stop()
+        if self._metrics is not None:
+            self._metrics.stop()
+        if self._service is not None:
+            self._service.stop()
+
+
+def _answer_idle(blob: bytes) -> Answer:
+    """What a stage says that this checkpoint does not have."""
+    try:
+        if isinstance(read_stage_input(blob), CancelOrder):
+            return write_num_cancelled(0)
+    except DiffusionError as error:
+        return error
+    return InvalidRequestError("this model's checkpoint has no such stage")
 
 
 def _send(sender: Any, answer: Answer) -> None:

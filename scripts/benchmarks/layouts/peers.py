@@ -68,10 +68,11 @@ def _load(job: DenoiseJob, peer: str) -> Loaded:
     checkpoint = open_checkpoint(job.checkpoint)
     family = find_family(checkpoint)
     dtype = getattr(torch, job.dtype)
-    components = load_components(checkpoint, family.stage_components["denoising"], dtype=dtype, device=group.device)
+    names = family.stage_components(checkpoint)["denoising"]
+    components = load_components(checkpoint, names, dtype=dtype, device=group.device)
     PEERS[peer](components["transformer"], size)
     stages = make_plan("denoising", family, components, group)
-    return Loaded(group, components, RankExecutor("denoising", stages, group))
+    return Loaded(group, components, RankExecutor(stages, group))
 
 
 def _pretend_the_cpu_is_an_accelerator() -> None:
