@@ -20,12 +20,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "diffusers.models.autoencoders.autoencoder_kl",
+        "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video",
         "diffusers.models.transformers.transformer_flux",
         "diffusers.models.transformers.transformer_hunyuan_video",
+        "diffusers.models.transformers.transformer_wan",
         "transformers.models.t5.modeling_t5",
         "triton_diffusion.distributed.transformer",
         "triton_diffusion.families.flux.denoise",
         "triton_diffusion.families.flux.parallelize",
+        "triton_diffusion.families.hunyuan_video.encode",
         "triton_diffusion.loading.components",
         "triton_diffusion.runtime.stage_loading",
         "triton_diffusion.stages.plan",

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensor
 
 from triton_diffusion.distributed.group import RankGroup
-from triton_diffusion.distributed.sequence import Gather, SequencePlan, Shard
+from triton_diffusion.distributed.sequence import Shard
 from triton_diffusion.distributed.t5 import t5_tensor_plan
 from triton_diffusion.distributed.tiles import SharedTiles, share_tiles
 from triton_diffusion.distributed.transformer import prepare_transformer
+from triton_diffusion.families.hunyuan_video.parallelize import SEQUENCE_PLAN
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.loading.components import load_components
 from triton_diffusion.runtime.stage_loading import load_stage
@@ -34,28 +35,15 @@ Array = NDArray[np.float32]
 LATENT_CHANNELS = 4
 TEXT_TOKENS = 24
 
-_IMAGE, _TEXT = ("hidden_states",), ("encoder_hidden_states",)
-_MASK = {"attention_mask": Shard(-1, (*_IMAGE, *_TEXT))}
-HUNYUAN_PLAN = SequencePlan(
-    inputs={
-        "transformer_blocks.0": {"hidden_states": Shard(1, _IMAGE), "encoder_hidden_states": Shard(1, _TEXT)},
-        "transformer_blocks.*": _MASK,
-        "single_transformer_blocks.*": _MASK,
-    },
-    outputs={"rope": [Shard(0, _IMAGE), Shard(0, _IMAGE)], "proj_out": [Gather(1, "hidden_states")]},
-    whole=["context_embedder"],
-)
-"""The mask over image and text is made in front of the blocks, and handed to each of them."""
-
 PLANS = {
-    "complete": HUNYUAN_PLAN,
+    "complete": SEQUENCE_PLAN,
     "without the mask": replace(
-        HUNYUAN_PLAN, inputs={"transformer_blocks.0": HUNYUAN_PLAN.inputs["transformer_blocks.0"]}
+        SEQUENCE_PLAN, inputs={"transformer_blocks.0": SEQUENCE_PLAN.inputs["transformer_blocks.0"]}
     ),
     "mask as one stream": replace(
-        HUNYUAN_PLAN,
+        SEQUENCE_PLAN,
         inputs={
-            **HUNYUAN_PLAN.inputs,
+            **SEQUENCE_PLAN.inputs,
             "transformer_blocks.*": {"attention_mask": Shard(-1, ("both",))},
             "single_transformer_blocks.*": {"attention_mask": Shard(-1, ("both",))},
         },

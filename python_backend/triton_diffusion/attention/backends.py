@@ -193,6 +193,13 @@ BACKENDS = {
 }
 
 
+def attend(backend: AttentionBackend, inputs: AttentionInputs, *, with_lse: bool = False) -> Attended:
+    """Attend by `backend`, or by torch_sdpa where there is a mask that it does not take."""
+    if inputs.mask is not None and not backend.takes_mask:
+        backend = BACKENDS["torch_sdpa"]
+    return backend.attend(inputs, with_lse=with_lse)
+
+
 def key_mask(mask: torch.Tensor | None, num_keys: int, dtype: torch.dtype) -> torch.Tensor | None:
     """A mask as backends take it, additive (B, 1, 1, Sk), from the forms that diffusers models use.
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from triton_diffusion.attention.backends import BACKENDS, Attended, AttentionBackend, AttentionInputs, key_mask
+from triton_diffusion.attention.backends import Attended, AttentionBackend, AttentionInputs, attend, key_mask
 from triton_diffusion.distributed.mesh import Axis, Mesh
 from triton_diffusion.distributed.sequence import ShardedSequence
 
@@ -108,10 +108,7 @@ class ParallelAttention:
         return merged[0].to(inputs.query.dtype)
 
     def _attend(self, inputs: AttentionInputs, *, with_lse: bool = False) -> Attended:
-        backend = self._backend
-        if inputs.mask is not None and not backend.takes_mask:
-            backend = BACKENDS["torch_sdpa"]
-        return backend.attend(inputs, with_lse=with_lse)
+        return attend(self._backend, inputs, with_lse=with_lse)
 
 
 def merge(merged: tuple[torch.Tensor, torch.Tensor] | None, part: Attended) -> tuple[torch.Tensor, torch.Tensor]:

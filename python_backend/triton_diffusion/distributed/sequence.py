@@ -46,12 +46,15 @@ class SequencePlan:
 
     inputs: module path -> name of an argument -> how to cut it. outputs: module path -> how to treat each of its
     outputs, None to leave one alone. whole: paths of modules that work on whole sequences, such as a refiner of the
-    text in front of the first cut; their attention is left to the model.
+    text in front of the first cut; their attention is left to the model. cross: paths of attention modules whose keys
+    are never cut, such as those of a text that the image tokens attend to; each rank attends with its own queries, and
+    asks no other.
     """
 
     inputs: Mapping[str, Mapping[str, Shard]]
     outputs: Mapping[str, Sequence[Shard | Gather | None]]
     whole: Sequence[str] = ()
+    cross: Sequence[str] = ()
 
 
 @dataclass

@@ -8,6 +8,7 @@ DTensor weights every layer pays for a dispatch in Python, which at a FLUX step'
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -24,14 +25,19 @@ from triton_diffusion.distributed.sequence import find_modules
 from triton_diffusion.errors import ConfigurationError
 
 Style = (
-    Literal["colwise", "rowwise", "colwise_gather", "embedding_heads"] | PackedColwiseParallel | PackedRowwiseParallel
+    Literal["colwise", "rowwise", "colwise_gather", "embedding_heads", "norm_over_heads", "part_of_heads"]
+    | PackedColwiseParallel
+    | PackedRowwiseParallel
 )
 """How a layer is divided.
 
 colwise: its outputs; what follows works on a part of them. rowwise: its inputs; partial sums are added up over the
 ranks. The packed forms: the same for several projections in one matrix. colwise_gather: its outputs, which are put
 together at once: for layers with large weights and small outputs, such as the modulation of adaptive norms.
-embedding_heads: the columns of an embedding that has a column a head.
+embedding_heads: the columns of an embedding that has a column a head. norm_over_heads: an RMSNorm of queries or keys
+that takes all heads as one; each rank has the weights of its heads, and the mean square is that of all ranks.
+part_of_heads: a module without weights, of whose outputs (..., width of all heads) each rank needs the part of its
+heads: rotary embeddings that are applied before the heads are told apart.
 """
 
 
@@ -47,10 +53,13 @@ def shard_specs(model: torch.nn.Module, plan: TensorPlan, tp_size: int) -> dict[
     """
     linear: dict[str, Any] = {}
     specs: dict[str, TPShardSpec] = {}
+    names = {id(module): name for name, module in model.named_modules()}
     for path, style in plan.items():
-        if style == "embedding_heads":
-            specs[f"{path}.weight"] = TPShardSpec(1, [model.get_parameter(f"{path}.weight").shape[1]])
-        else:
+        if style in ("embedding_heads", "norm_over_heads"):
+            dim = 1 if style == "embedding_heads" else 0
+            for module in find_modules(model, path):
+                specs[f"{names[id(module)]}.weight"] = TPShardSpec(dim, [module.get_parameter("weight").shape[dim]])
+        elif style != "part_of_heads":
             linear[path] = "colwise" if style == "colwise_gather" else style
     try:
         specs |= resolve_tp_shard_specs(model, linear, tp_size)
@@ -78,13 +87,39 @@ def local_slice(tensor: Any, spec: TPShardSpec, axis: Axis) -> torch.Tensor:
 
 
 def add_communication(model: torch.nn.Module, plan: TensorPlan, axis: Axis) -> None:
-    """Hook the layers of `model`, of which this rank has its slices, so that they exchange what they must."""
+    """Hook the layers of `model`, of which this rank has its slices, so that they exchange what they must.
+
+    Attention divides what its projections make into heads, and so must know how many are here.
+    """
     for path, style in plan.items():
+        before, _, name = path.rpartition(".")
+        if style == "colwise" and name in _HEAD_COUNTS:
+            for attention in find_modules(model, before):
+                for count in _HEAD_COUNTS[name]:
+                    if hasattr(attention, count):
+                        setattr(attention, count, getattr(attention, count) // axis.degree)
         for module in find_modules(model, path):
             if style == "rowwise" or isinstance(style, PackedRowwiseParallel):
                 module.register_forward_hook(_sum_hook(axis))
             elif style == "colwise_gather":
                 module.register_forward_hook(_gather_hook(axis))
+            elif style == "part_of_heads":
+                module.register_forward_hook(_part_hook(axis))
+            elif style == "norm_over_heads":
+                module.forward = functools.partial(_norm_over_heads, module, axis)
+
+
+# By the name of the query's projection, in diffusers and in transformers' T5 and UMT5. inner_dim / heads is how
+# Qwen-Image's attention finds the size of a head.
+_HEAD_COUNTS = {"to_q": ("heads", "inner_dim"), "q": ("n_heads",)}
+
+
+def _norm_over_heads(norm: Any, axis: Axis, states: torch.Tensor) -> torch.Tensor:
+    """In float32, as torch computes it (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4)."""
+    wide = states.float()
+    mean_square = axis.all_reduce(wide.square().mean(-1, keepdim=True)) / axis.degree
+    normed: torch.Tensor = wide * torch.rsqrt(mean_square + norm.eps) * norm.weight
+    return normed.to(states.dtype)
 
 
 def _sum_hook(axis: Axis) -> Callable[..., torch.Tensor]:
@@ -93,3 +128,7 @@ def _sum_hook(axis: Axis) -> Callable[..., torch.Tensor]:
 
 def _gather_hook(axis: Axis) -> Callable[..., torch.Tensor]:
     return lambda _, __, output: axis.all_gather(output, [output.shape[-1]] * axis.degree, dim=-1)
+
+
+def _part_hook(axis: Axis) -> Callable[..., tuple[torch.Tensor, ...]]:
+    return lambda _, __, outputs: tuple(output.chunk(axis.degree, dim=-1)[axis.rank] for output in outputs)

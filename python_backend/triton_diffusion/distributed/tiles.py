@@ -8,6 +8,7 @@ that hands out the results. So every autoencoder with tiles works, and does what
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,8 @@ class SharedTiles(torch.nn.Module):
         """A tensor on meta like what the module makes of `tile`, found without computing it."""
         key = (tile.shape, tile.dtype)
         if key not in self._shapes:
+            # The module may write to what it is given, such as the cache of a decoder of videos.
+            args, kwargs = copy.deepcopy((args, kwargs))
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 fake = self.module(mode.from_tensor(tile), *args, **kwargs)
             self._shapes[key] = torch.empty(fake.shape, dtype=fake.dtype, device="meta")
