@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from triton_diffusion.families.flux.family import PATCH_SIZE, pixels_per_token
-from triton_diffusion.families.flux.packing import unpack_latents
+from triton_diffusion.families.flux.family import pixels_per_token
+from triton_diffusion.families.latents import PATCH_SIZE, unpack_latents
+from triton_diffusion.families.pictures import to_uint8
 from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest
 
@@ -16,11 +17,7 @@ def decode(components: Components, latents: torch.Tensor, request: GenerationReq
     size = pixels_per_token(components.checkpoint)
     latents = unpack_latents(latents, request.height // size, request.width // size)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    pictures = vae.decode(latents.to(vae.device), return_dict=False)[0]
-    # Range -1..1 to 0..1 in the compute dtype, then rounded in float32: the order of diffusers' VaeImageProcessor.
-    scaled = (pictures * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float()
-    rounded: torch.Tensor = (scaled * 255).round().to(torch.uint8)
-    return rounded
+    return to_uint8(vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0])
 
 
 def example_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:

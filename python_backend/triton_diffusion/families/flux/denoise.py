@@ -1,15 +1,15 @@
-"""FLUX denoising: noise, schedule and one forward pass, each as diffusers' FluxPipeline does it."""
+"""FLUX denoising: noise, schedule and one forward pass, each as diffusers' pipelines do it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
-from triton_diffusion.families.flux.family import PATCH_SIZE, pixels_per_token
-from triton_diffusion.families.flux.packing import pack_latents
+from triton_diffusion.families.base import Schedule
+from triton_diffusion.families.flux.family import pixels_per_token
+from triton_diffusion.families.latents import PATCH_SIZE, draw_noise, noised_picture, pack_latents
+from triton_diffusion.families.schedules import flow_match_schedule
 from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest
 
@@ -17,42 +17,39 @@ from triton_diffusion.request import GenerationRequest
 TIMESTEP_SCALE = 1000
 
 
-def prepare_schedule(components: Components, request: GenerationRequest) -> Any:
-    """A diffusers scheduler at its first step, its sigmas shifted for the length of the image sequence."""
-    config = components["scheduler"].config
-    noise_scheduler = type(components["scheduler"]).from_config(config)
-    steps = request.num_inference_steps
+def prepare_schedule(components: Components, request: GenerationRequest) -> Schedule:
+    """Sigmas shifted for the length of the image sequence."""
     height, width = _token_grid(components, request)
-    mu = _resolution_shift(config, height * width)
-    sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
-    noise_scheduler.set_timesteps(steps, device=components.device, sigmas=sigmas, mu=mu)
-    noise_scheduler.set_begin_index(0)
-    return noise_scheduler
+    return flow_match_schedule(components, request, height * width)
 
 
-def prepare_latents(components: Components, request: GenerationRequest) -> torch.Tensor:
-    """Noise (num_outputs, S, C) in the compute dtype.
+def prepare_latents(
+    components: Components,
+    request: GenerationRequest,
+    inputs: Mapping[str, torch.Tensor],
+    schedule: Schedule,
+    generators: Sequence[torch.Generator],
+) -> torch.Tensor:
+    """Noise, or a noised picture, (num_outputs, S, C) in the compute dtype."""
+    if "initial_moments" in inputs:
+        scaling, shift = (components.checkpoint.setting("vae", f"{name}_factor") for name in ("scaling", "shift"))
+        latents = noised_picture(inputs["initial_moments"].cpu(), schedule, generators, scaling, shift)
+    else:
+        channels = components["transformer"].config.in_channels // PATCH_SIZE**2
+        height, width = (PATCH_SIZE * size for size in _token_grid(components, request))
+        latents = draw_noise((channels, height, width), generators, components.dtype)
+    return pack_latents(latents).to(components.device, components.dtype)
 
-    It is drawn on the CPU by one generator a row: the same on every device and rank, and the same as FluxPipeline's
-    with `generator=[torch.Generator().manual_seed(seed), ...]`.
-    """
-    channels = components["transformer"].config.in_channels // PATCH_SIZE**2
-    height, width = (PATCH_SIZE * size for size in _token_grid(components, request))
-    rows = [
-        torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=components.dtype)
-        for seed in request.output_seeds
-    ]
-    return pack_latents(torch.cat(rows)).to(components.device)
 
-
-def shared_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
-    """Position ids of the image tokens (S, 3) and text tokens (L, 3): equal for all rows of a batch_key."""
-    height, width = _token_grid(components, request)
-    img_ids = torch.zeros(height, width, 3)
-    img_ids[..., 1] = torch.arange(height)[:, None]
-    img_ids[..., 2] = torch.arange(width)[None, :]
-    txt_ids = torch.zeros(request.max_sequence_length, 3)
-    ids = {"img_ids": img_ids.reshape(-1, 3), "txt_ids": txt_ids}
+def shared_inputs(
+    components: Components, request: GenerationRequest, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Position ids of the image tokens (S, 3), or of those of both pictures, and of the text tokens (L, 3)."""
+    grids = [_token_grid(components, request)]
+    if (beside := inputs.get("image_latents")) is not None:
+        grids.append((beside.shape[2] // PATCH_SIZE, beside.shape[3] // PATCH_SIZE))
+    img_ids = torch.cat([_position_ids(picture, *grid) for picture, grid in enumerate(grids)])
+    ids = {"img_ids": img_ids, "txt_ids": torch.zeros(request.max_sequence_length, 3)}
     return {name: tensor.to(components.device, components.dtype) for name, tensor in ids.items()}
 
 
@@ -74,6 +71,10 @@ def predict(
 ) -> torch.Tensor:
     """The velocity (B, S, C) at latents (B, S, C), row i at timesteps[i]."""
     transformer = components["transformer"]
+    num_tokens = latents.shape[1]
+    # Kept as they are, so that rows whose pictures differ in shape, but not in the number of tokens, share no batch.
+    if (beside := conditioning.get("image_latents")) is not None:
+        latents = torch.cat([latents, pack_latents(beside)], dim=1)
     prediction: torch.Tensor = transformer(
         hidden_states=latents,
         timestep=timesteps.to(latents.dtype) / TIMESTEP_SCALE,
@@ -84,7 +85,7 @@ def predict(
         img_ids=shared["img_ids"],
         return_dict=False,
     )[0]
-    return prediction
+    return prediction[:, :num_tokens]
 
 
 def _token_grid(components: Components, request: GenerationRequest) -> tuple[int, int]:
@@ -92,10 +93,9 @@ def _token_grid(components: Components, request: GenerationRequest) -> tuple[int
     return request.height // size, request.width // size
 
 
-def _resolution_shift(config: Mapping[str, Any], image_seq_len: int) -> float:
-    """mu, linear in the number of image tokens: large pictures stay longer at high noise (calculate_shift)."""
-    base_len, max_len = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (max_shift - base_shift) / (max_len - base_len)
-    mu: float = base_shift + slope * (image_seq_len - base_len)
-    return mu
+def _position_ids(picture: int, height: int, width: int) -> torch.Tensor:
+    """(height * width, 3): the number of the picture, row and column of each token."""
+    ids = torch.full((height, width, 3), float(picture))
+    ids[..., 1] = torch.arange(height)[:, None]
+    ids[..., 2] = torch.arange(width)[None, :]
+    return ids.reshape(-1, 3)

@@ -1,0 +1,71 @@
+"""HunyuanVideo over several ranks: by plans made here, since diffusers' transformer brings none along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
+
+from triton_diffusion.distributed.sequence import Gather, SequencePlan, Shard
+from triton_diffusion.distributed.tensor_parallel import Style, TensorPlan
+from triton_diffusion.loading.checkpoint import Checkpoint
+
+_DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+
+_COLWISE = (
+    *(f"{_DOUBLE}.attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
+    *(f"{_DOUBLE}.{name}.net.0.proj" for name in ("ff", "ff_context")),
+    *(f"{_SINGLE}.attn.{name}" for name in ("to_q", "to_k", "to_v")),
+    f"{_SINGLE}.proj_mlp",
+)
+_ROWWISE = (
+    *(f"{_DOUBLE}.attn.{name}" for name in ("to_out.0", "to_add_out")),
+    *(f"{_DOUBLE}.{name}.net.2" for name in ("ff", "ff_context")),
+)
+# Modulation: large weights and, with one vector a row, small outputs.
+_GATHERED = (f"{_DOUBLE}.norm1.linear", f"{_DOUBLE}.norm1_context.linear", f"{_SINGLE}.norm.linear", "norm_out.linear")
+
+_LLAMA_COLWISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+_LLAMA_ROWWISE = ("self_attn.o_proj", "mlp.down_proj")
+
+_IMAGE, _TEXT = ("hidden_states",), ("encoder_hidden_states",)
+_MASK = {"attention_mask": Shard(-1, (*_IMAGE, *_TEXT))}
+SEQUENCE_PLAN = SequencePlan(
+    inputs={
+        "transformer_blocks.0": {"hidden_states": Shard(1, _IMAGE), "encoder_hidden_states": Shard(1, _TEXT)},
+        _DOUBLE: _MASK,
+        _SINGLE: _MASK,
+    },
+    outputs={"rope": [Shard(0, _IMAGE), Shard(0, _IMAGE)], "proj_out": [Gather(1, "hidden_states")]},
+    whole=["context_embedder"],
+)
+"""The text is refined whole, then both streams are cut at the first block.
+
+Prompts are mostly padding, which attention must not see. The mask for that is made in front of the blocks, for all
+tokens in their whole order, image before text, and handed to every block. A rank holds its part of the image and then
+its part of the text, so the mask has to be cut stream by stream. Cut in one piece, as if it were one stream, it has the
+right length on every rank and belongs to other tokens: the video is wrong, and nothing says so.
+"""
+
+
+def tensor_plans(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
+    """The plan of each component that tensor parallelism divides."""
+    transformer: dict[str, Style] = dict.fromkeys(_COLWISE, "colwise")
+    transformer |= dict.fromkeys(_ROWWISE, "rowwise")
+    transformer |= dict.fromkeys(_GATHERED, "colwise_gather")
+    # Its input is the output of attention and, behind it, the hidden layer of the feed-forward.
+    transformer[f"{_SINGLE}.proj_out"] = PackedRowwiseParallel(_single_block_widths(checkpoint))
+    llama: dict[str, Style] = dict.fromkeys((f"layers.*.{name}" for name in _LLAMA_COLWISE), "colwise")
+    llama |= dict.fromkeys((f"layers.*.{name}" for name in _LLAMA_ROWWISE), "rowwise")
+    return {"transformer": transformer, "text_encoder": llama}
+
+
+def sequence_plan(transformer: Any) -> SequencePlan:
+    """Image and text tokens are cut at the first block, and the image is put together behind the last layer."""
+    return SEQUENCE_PLAN
+
+
+def _single_block_widths(checkpoint: Checkpoint) -> list[int]:
+    config = checkpoint.config("transformer")
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return [width, int(width * float(config.get("mlp_ratio", 4.0)))]
