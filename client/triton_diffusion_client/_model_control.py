@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
 from triton_diffusion_client._connection import Connection
-from triton_diffusion_client._model_names import chain_names, load_order
+from triton_diffusion_client._model_names import chain_names, load_order, stream_name
 from triton_diffusion_client._protocol import build_control_request, check_timeout
 from triton_diffusion_client.client import open_transport
 from triton_diffusion_client.errors import (
@@ -31,22 +32,44 @@ class ModelControl:
     """
 
     def __init__(self, connection: Connection, timeout_s: float | None = None) -> None:
+        self._connection = connection
         self._transport = open_transport(connection)
         self._timeout_s = check_timeout(timeout_s)
 
     def load(self, name: str) -> Iterator[str]:
-        """Load the models of a name that the server has, the chain last; yields each when it is ready.
+        """Load the models of a name that the server has; yields each when it is ready.
 
+        The stages load at the same time, the chains behind them, so that no request finds a chain without stages.
         Raises DiffusionClientError; what was loaded before stays loaded.
         """
         loaded: list[str] = []
-        for model in self._models(name):
+        models = self._models(name)
+        chains = [model for model in models if model in (name, stream_name(name))]
+        helpers = [model for model in models if model not in chains]
+        with ThreadPoolExecutor(max(1, len(helpers))) as threads:
+            under_way = [(model, threads.submit(self._load, model)) for model in helpers]
+            for model, done in under_way:
+                try:
+                    done.result()
+                except DiffusionClientError as error:
+                    raise self._explain(error, model, "loaded", loaded) from None
+                loaded.append(model)
+                yield model
+        for model in chains:
             try:
-                self._transport.load_model(build_control_request(model, timeout_s=self._timeout_s))
+                self._load(model)
             except DiffusionClientError as error:
                 raise self._explain(error, model, "loaded", loaded) from None
             loaded.append(model)
             yield model
+
+    def _load(self, model: str) -> None:
+        # A connection of its own: one of HTTP belongs to the thread that opened it.
+        transport = open_transport(self._connection)
+        try:
+            transport.load_model(build_control_request(model, timeout_s=self._timeout_s))
+        finally:
+            transport.close()
 
     def unload(self, name: str) -> Iterator[str]:
         """Unload the models of a name that are loaded, the chain first; yields each when it is gone.

@@ -1,0 +1,188 @@
+"""Every family through the real server: served under names of their own, loaded and unloaded while others work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests.end_to_end.conftest import RunningServer, shared_memory
+
+from checkpoints.flux import build_flux_checkpoint
+from checkpoints.flux2 import build_klein_checkpoint
+from checkpoints.glm_image import build_glm_image_checkpoint
+from checkpoints.hunyuan_video import build_hunyuan_video_checkpoint
+from checkpoints.ltx_video import build_ltx_video_checkpoint
+from checkpoints.qwen_image import build_qwen_image_checkpoint
+from checkpoints.stable_diffusion import build_stable_diffusion_checkpoint, build_stable_diffusion_xl_checkpoint
+from checkpoints.stable_diffusion_3 import build_stable_diffusion_3_checkpoint
+from checkpoints.stages import InProcessStages
+from checkpoints.wan import build_wan_checkpoint
+from checkpoints.z_image import build_z_image_checkpoint
+from triton_diffusion.config import ChainConfig
+from triton_diffusion.families.registry import FAMILIES, find_family
+from triton_diffusion.loading.checkpoint import open_checkpoint
+from triton_diffusion.repository import build_repository
+from triton_diffusion.server import TritonServer
+from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
+from triton_diffusion_client import DiffusionClient, ModelNotFoundError
+from triton_diffusion_client._connection import Connection
+from triton_diffusion_client._model_control import ModelControl
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(240)]
+
+STAYS = "stays"
+"""The name of a checkpoint that is served all the time."""
+PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint of a family and what is asked of it."""
+
+    build: Callable[[Path], Path]
+    options: dict[str, Any] = field(default_factory=dict)
+    num_images: int = 0
+
+
+SMALL = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 24, "seed": 5}
+GUIDED = {"guidance_scale": 3.0, "negative_prompt": "dark"}
+VIDEO = {"num_frames": 5}
+CASES = {
+    "flux": Case(
+        lambda folder: build_flux_checkpoint(folder, guidance_embeds=True, dynamic_shift=True),
+        {"strength": 0.8, "num_inference_steps": 4},
+        num_images=1,
+    ),
+    "flux2": Case(build_klein_checkpoint, {"max_sequence_length": 64}),
+    "glm_image": Case(build_glm_image_checkpoint, GUIDED),
+    "hunyuan_video": Case(build_hunyuan_video_checkpoint, VIDEO),
+    "ltx_video": Case(build_ltx_video_checkpoint, VIDEO | GUIDED),
+    "qwen_image": Case(
+        lambda folder: build_qwen_image_checkpoint(folder, "QwenImageEditPipeline", halvings=2), GUIDED, num_images=1
+    ),
+    "stable_diffusion": Case(build_stable_diffusion_checkpoint, {"max_sequence_length": 20} | GUIDED),
+    "stable_diffusion_3": Case(build_stable_diffusion_3_checkpoint, GUIDED),
+    "stable_diffusion_xl": Case(build_stable_diffusion_xl_checkpoint, {"max_sequence_length": 20} | GUIDED),
+    "wan": Case(lambda folder: build_wan_checkpoint(folder, "experts"), VIDEO | GUIDED),
+    "z_image": Case(build_z_image_checkpoint, GUIDED),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of every family."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: case.build(folder / name) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def families(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with the models of all families in its repository, of which only one is loaded at the start."""
+    folder = tmp_path_factory.mktemp("families")
+    common = {"dtype": "float32", "warmup_resolutions": "none", "max_batch_tokens": "1000", "num_threads": "1"}
+    for name, checkpoint in {STAYS: folders["flux"], **folders}.items():
+        opened = open_checkpoint(str(checkpoint))
+        stages = find_family(opened).stage_components(opened)
+        build_repository(folder / "models", common | {"model_path": str(checkpoint)}, name=name, stages=stages)
+    before = shared_memory()
+    arguments = ["--model-control-mode=explicit", "--disable-auto-complete-config"]
+    arguments += [f"--load-model={path.name}" for path in (folder / "models").glob(f"{STAYS}*")]
+    server = TritonServer(
+        folder / "models", log_file=folder / "server.log", exit_timeout_s=20, extra_arguments=arguments
+    )
+    with server as process:
+        process.wait_until_ready(180)
+        yield RunningServer(process, process.http_address, process.grpc_address)
+    assert not shared_memory() - before
+
+
+def test_every_family_of_the_registry_is_asked() -> None:
+    assert set(CASES) == {family.name for family in FAMILIES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_is_loaded_asked_and_unloaded_while_another_works(
+    families: RunningServer, folders: dict[str, Path], name: str
+) -> None:
+    """Its pictures or frames are those that its stages draw in this process, as its parity tests have them."""
+    case = CASES[name]
+    options = SMALL | case.options
+    connection = Connection(protocol="grpc", address=families.grpc_url)
+    with Neighbour(families) as neighbour, ModelControl(connection, timeout_s=120.0) as control:
+        loaded = list(control.load(name))
+        assert loaded[-1] == name
+        images = [PICTURE] * case.num_images
+        with DiffusionClient(families.grpc_url, model=name) as client:
+            (family,) = client.families()
+            assert family.family == name
+            result = client.generate(
+                "a red circle 'on' a blue star", image=to_png(images), output_format="raw", **options
+            )
+        assert list(control.unload(name)) == loaded[::-1]
+    assert neighbour.pictures > 0
+    ours = result.arrays
+    expected = draw_in_process(folders[name], options, images)
+    assert ours.shape == expected.shape
+    assert np.abs(ours.astype(int) - expected.astype(int)).max() <= 1
+    assert ours.std() > 5
+
+
+def test_what_was_unloaded_is_not_found(families: RunningServer) -> None:
+    with DiffusionClient(families.grpc_url, model="wan") as client, pytest.raises(ModelNotFoundError):
+        client.generate("a cat")
+
+
+class Neighbour:
+    """Asks the checkpoint that stays for one picture after the other, in a thread of its own."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+        self._error: BaseException | None = None
+        self.pictures = 0
+
+    def _ask(self) -> None:
+        try:
+            with DiffusionClient(self._server.grpc_url, model=STAYS) as client:
+                first = client.generate("two black cats", output_format="raw", **SMALL).arrays[0]
+                while not self._ended.wait(0.5):
+                    again = client.generate("two black cats", output_format="raw", **SMALL).arrays[0]
+                    assert np.array_equal(first, again)
+                    self.pictures += 1
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> Neighbour:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(60)
+        if self._error is not None:
+            raise self._error
+
+
+def to_png(images: list[NDArray[np.uint8]]) -> list[bytes] | None:
+    from triton_diffusion.media import encode_picture
+
+    return [encode_picture(image, "png", 90) for image in images] or None
+
+
+def draw_in_process(folder: Path, options: dict[str, Any], images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    checkpoint = open_checkpoint(str(folder))
+    family = find_family(checkpoint)
+    given = {"prompt": "a red circle 'on' a blue star", "output_format": "raw", **options}
+    incoming = IncomingRequest(given, images)
+    InputValidationStage(family, family.defaults(checkpoint), ChainConfig())([incoming])
+    assert incoming.request is not None
+    with torch.inference_mode():
+        return InProcessStages(folder).pictures(incoming.request, images).numpy()
