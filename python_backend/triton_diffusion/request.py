@@ -450,8 +450,11 @@ def describe_parameters(defaults: RequestDefaults, limits: RequestLimits) -> dic
     return parameters
 
 
+TASKS = ("text-to-image", "image-to-image", "text-to-video", "image-to-video")
+
+
 def describe_tasks(defaults: RequestDefaults) -> list[str]:
-    """What a checkpoint can do: "text-to-image", "image-to-image", "text-to-video", "image-to-video"."""
+    """What a checkpoint can do, of TASKS."""
     output = "video" if defaults.frame_step else "image"
     tasks = [] if defaults.min_images else [f"text-to-{output}"]
     return tasks + ([f"image-to-{output}"] if defaults.max_images else [])

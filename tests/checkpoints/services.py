@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from checkpoints.requests import make_request
 from triton_diffusion.config import StageConfig
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.runtime.service import Answer, StageService
-from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.state import (
     CancelOrder,
     Progress,
@@ -91,13 +91,11 @@ def run_service(stage_model: str, folder: Path, **values: Any) -> Iterator[Calle
 
 @contextmanager
 def run_services(folder: Path, **values: Any) -> Iterator[dict[str, Caller]]:
-    """All stage models, started at the same time."""
+    """All stage models that a request without pictures needs, started at the same time."""
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
 
         def start(stage_model: str) -> Caller:
             return stack.enter_context(run_service(stage_model, folder, **values))
 
-        checkpoint = open_checkpoint(str(folder))
-        needed = find_family(checkpoint).stage_components(checkpoint)
-        stages = [stage_model for stage_model in STAGE_MODELS if stage_model in needed]
+        stages = [*find_family(open_checkpoint(str(folder))).encoders(make_request()), "denoising", "decoding"]
         yield dict(zip(stages, pool.map(start, stages), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,9 @@ import tritonclient.http
 from triton_diffusion.repository import build_repository
 from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.server import TritonServer
+
+STAGES = ("text_encoding", "denoising", "decoding")
+"""Those that a request without pictures goes through."""
 
 _DTYPES = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8": np.uint8}
 INPUT_TYPES = {
@@ -78,7 +81,7 @@ class RunningServer:
     def wait_until_idle(self, timeout_s: float = 20.0) -> None:
         """Return when no stage has a request any more."""
         deadline_s = time.monotonic() + timeout_s
-        while any(self.metric(name, stage) for stage in STAGE_MODELS for name in ("queue_depth", "running_requests")):
+        while any(self.metric(name, stage) for stage in STAGES for name in ("queue_depth", "running_requests")):
             assert time.monotonic() < deadline_s, "a stage still has requests"
             time.sleep(0.1)
 
@@ -108,16 +111,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that all tests share; a test that breaks it must leave it as it was."""
     folder = tmp_path_factory.mktemp("server")
     settings = {"dtype": "float32", "max_num_inference_steps": "200", "max_concurrent_requests": "256"}
-    with own_server(folder, settings) as running:
+    with own_server(folder, settings, stages=STAGE_MODELS) as running:
         yield running
 
 
 @contextmanager
 def own_server(
-    folder: Path, settings: dict[str, str], *, response_cache: bool = False, **options: Any
+    folder: Path,
+    settings: dict[str, str],
+    *,
+    stages: Sequence[str] = STAGES,
+    response_cache: bool = False,
+    **options: Any,
 ) -> Iterator[RunningServer]:
     """A server of its own with certain parameters; on the way out nothing of it may be left."""
-    repository = build_repository(folder / "models", settings, response_cache=response_cache)
+    repository = build_repository(folder / "models", settings, stages=stages, response_cache=response_cache)
     before = shared_memory()
     with TritonServer(repository, log_file=folder / "server.log", exit_timeout_s=20, **options) as process:
         process.wait_until_ready(180)

@@ -18,10 +18,9 @@ import psutil
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from tests.end_to_end.conftest import RunningServer, own_server, tensor
+from tests.end_to_end.conftest import STAGES, RunningServer, own_server, tensor
 from tritonclient.utils import InferenceServerException
 
-from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion_client import (
     AsyncDiffusionClient,
     DeadlineExceededError,
@@ -111,7 +110,7 @@ def cancel_by_id(client: DiffusionClient, in_stage: Callable[[], None]) -> None:
             future.result(20)
 
 
-@pytest.mark.parametrize("stage_model", STAGE_MODELS)
+@pytest.mark.parametrize("stage_model", STAGES)
 @pytest.mark.parametrize(
     "cancel",
     [

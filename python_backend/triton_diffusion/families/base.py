@@ -46,6 +46,8 @@ class ModelFamily(ABC):
     name: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
     """The diffusers pipelines, as model_index.json names them, whose checkpoints this family serves."""
+    tasks: ClassVar[tuple[str, ...]]
+    """What its checkpoints can do, of request.TASKS."""
     denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
     """The components of denoising whose attention is ours: backends and sequence parallelism. A UNet is not among them.
     """

@@ -90,3 +90,17 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
             # Models have a config.json, tokenizers and noise schedulers have files of other names.
             if (checkpoint.component_path(name) / "config.json").is_file():
                 checkpoint.require_safetensors(name)
+
+
+def families_table() -> str:
+    """Family x task x layout x batching, in Markdown: README has it."""
+    rows = [
+        "| family | checkpoints of | tasks | ranks of denoising share | ranks of decoding share |",
+        "|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        pipelines = ", ".join(f"`{name}`" for name in family.pipeline_classes)
+        layouts = "tensor, Ulysses, ring, CFG" if family.denoisers else "CFG (a UNet has no other)"
+        tiles = "tiles" if family.tiles_are_independent else "nothing: each tile needs the last one"
+        rows.append(f"| `{family.name}` | {pipelines} | {', '.join(family.tasks)} | {layouts} | {tiles} |")
+    return "\n".join(rows)

@@ -172,7 +172,7 @@ def _model_input(row: DenoiseRow) -> torch.Tensor:
 
 
 def _step_arguments(row: DenoiseRow) -> dict[str, Any]:
-    """As the pipelines' prepare_extra_step_kwargs: the row's generator for noise schedulers that add noise, and eta 0."""
+    """As the pipelines' prepare_extra_step_kwargs: the row's generator if noise schedulers add noise, eta 0."""
     taken = _step_parameters(row.noise_scheduler.__class__)
     return {name: value for name, value in (("generator", row.generator), ("eta", 0.0)) if name in taken}
 

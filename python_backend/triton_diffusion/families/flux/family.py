@@ -34,6 +34,7 @@ class FluxFamily(ModelFamily):
 
     name = "flux"
     pipeline_classes = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline")
+    tasks = ("text-to-image", "image-to-image")
 
     def stage_components(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
         """CLIP and T5; one transformer."""

@@ -33,6 +33,7 @@ class Flux2Family(ModelFamily):
 
     name = "flux2"
     pipeline_classes = ("Flux2Pipeline", "Flux2KleinPipeline")
+    tasks = ("text-to-image", "image-to-image")
 
     def stage_components(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
         """One language model, Mistral's tokenizer being read by encode.py itself; one transformer."""

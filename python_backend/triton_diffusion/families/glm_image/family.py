@@ -43,6 +43,7 @@ class GlmImageFamily(ModelFamily):
 
     name = "glm_image"
     pipeline_classes = ("GlmImagePipeline",)
+    tasks = ("text-to-image", "image-to-image")
     own_processors = True
     padded: ClassVar[Mapping[str, str]] = {"prompt_embeds": "prompt_embeds_mask"}
 

@@ -28,6 +28,7 @@ class HunyuanVideoFamily(ModelFamily):
 
     name = "hunyuan_video"
     pipeline_classes = ("HunyuanVideoPipeline",)
+    tasks = ("text-to-video",)
     makes_videos = True
 
     def stage_components(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:

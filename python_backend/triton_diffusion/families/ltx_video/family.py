@@ -39,6 +39,7 @@ class LtxVideoFamily(ModelFamily):
 
     name = "ltx_video"
     pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline")
+    tasks = ("text-to-video", "image-to-video")
     makes_videos = True
 
     def stage_components(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:

@@ -68,6 +68,7 @@ class QwenImageFamily(ModelFamily):
 
     name = "qwen_image"
     pipeline_classes = ("QwenImagePipeline", *PROMPT_PICTURES)
+    tasks = ("text-to-image", "image-to-image")
     padded: ClassVar[Mapping[str, str]] = {"prompt_embeds": "prompt_embeds_mask"}
     text_encoder_sees_images = True
 

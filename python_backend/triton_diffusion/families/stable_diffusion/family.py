@@ -30,6 +30,7 @@ class StableDiffusionFamily(ModelFamily):
 
     name = "stable_diffusion"
     pipeline_classes = ("StableDiffusionPipeline",)
+    tasks = ("text-to-image", "image-to-image")
     denoisers = ()
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     guidance_scale: ClassVar[float] = 7.5

@@ -39,6 +39,7 @@ class StableDiffusion3Family(ModelFamily):
 
     name = "stable_diffusion_3"
     pipeline_classes = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    tasks = ("text-to-image", "image-to-image")
     own_processors = True
 
     def stage_components(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:

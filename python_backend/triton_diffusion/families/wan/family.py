@@ -75,6 +75,7 @@ class WanFamily(ModelFamily):
 
     name = "wan"
     pipeline_classes = ("WanPipeline", IMAGE_TO_VIDEO)
+    tasks = ("text-to-video", "image-to-video")
     denoisers = ("transformer", "transformer_2")
     makes_videos = True
     tiles_are_independent = False

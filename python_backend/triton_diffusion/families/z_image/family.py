@@ -30,6 +30,7 @@ class ZImageFamily(ModelFamily):
 
     name = "z_image"
     pipeline_classes = ("ZImagePipeline",)
+    tasks = ("text-to-image", "image-to-image")
     padded: ClassVar[Mapping[str, str]] = {"prompt_embeds": "prompt_embeds_mask"}
 
     def stage_components(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
