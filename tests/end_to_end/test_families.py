@@ -75,8 +75,8 @@ CASES = {
 }
 
 QUICKLY = ("glm_image", "qwen_image", "wan")
-"""Asked in every run: an autoregressive prior, pictures in prompts, videos of two experts. It takes half a minute to load
-a family on two cores, so that the others wait for `scripts/test -m slow`."""
+"""Asked in every run: an autoregressive prior, pictures in prompts, videos of two experts. It takes half a minute to
+load a family on two cores, so that the others wait for `scripts/test -m slow`."""
 
 
 @pytest.fixture(scope="module")
