@@ -20,6 +20,7 @@ from safetensors.numpy import load
 from tqdm import tqdm
 
 from benchmarks.in_process import InProcessPipeline, Setup
+from benchmarks.layouts.families import measure_families
 from benchmarks.layouts.parity import measure_layouts
 from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length
 from benchmarks.report import Figure, Report, describe_machine
@@ -41,17 +42,19 @@ _DTYPE: Final = "float32"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
     parser.add_argument("--clients", type=int, default=8, help="requests at a time (default: %(default)s)")
-    parser.add_argument("--only", choices=["pictures", "layouts"], help="one of the two sections (default: both)")
+    parser.add_argument("--only", choices=["pictures", "layouts", "families"], help="one section (default: all)")
 
 
 def measure(args: argparse.Namespace) -> Report:
-    """Draw every picture on both sides, and compare; then do so with the latents of every layout."""
+    """Draw every picture on both sides, and compare; then the latents of every layout, and of every family in them."""
     config = StageConfig(model_path=absolute_model_path(args.model_path), dtype=_DTYPE)
     figures: list[Figure] = []
-    if args.only != "layouts":
+    if args.only in (None, "pictures"):
         figures += _measure_pictures(args, config)
-    if args.only != "pictures":
+    if args.only in (None, "layouts"):
         figures += measure_layouts()
+    if args.only in (None, "families"):
+        figures += measure_families()
     return Report(machine=describe_machine(dtype=_DTYPE, num_threads=config.threads_per_rank), figures=figures)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ class Figure:
 
     name: str
     value: float
+    """NaN: not measured, for the reason that the name tells."""
     unit: str = ""
     at_most: float | None = None
     at_least: float | None = None
@@ -39,7 +41,8 @@ class Figure:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"name": self.name, "value": self.value, "unit": self.unit, "goal": self.goal, "holds": self.holds}
+        value = None if math.isnan(self.value) else self.value
+        return {"name": self.name, "value": value, "unit": self.unit, "goal": self.goal, "holds": self.holds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,9 @@ def write_json(path: Path, report: Report) -> None:
 
 
 def _digits(value: float) -> str:
-    """Four significant digits, whole numbers as they are."""
+    """Four significant digits, whole numbers as they are, a dash for none."""
+    if math.isnan(value):
+        return "-"
     if value == int(value) and abs(value) < 1e9:
         return str(int(value))
     return f"{value:.1f}" if abs(value) >= 1000 else f"{value:#.4g}"

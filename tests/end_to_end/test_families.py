@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,8 @@ import torch
 from numpy.typing import NDArray
 from tests.end_to_end.conftest import RunningServer, shared_memory
 
-from checkpoints.flux import build_flux_checkpoint
-from checkpoints.flux2 import build_klein_checkpoint
-from checkpoints.glm_image import build_glm_image_checkpoint
-from checkpoints.hunyuan_video import build_hunyuan_video_checkpoint
-from checkpoints.ltx_video import build_ltx_video_checkpoint
-from checkpoints.qwen_image import build_qwen_image_checkpoint
-from checkpoints.stable_diffusion import build_stable_diffusion_checkpoint, build_stable_diffusion_xl_checkpoint
-from checkpoints.stable_diffusion_3 import build_stable_diffusion_3_checkpoint
+from checkpoints.families import CASES, SMALL
 from checkpoints.stages import InProcessStages
-from checkpoints.wan import build_wan_checkpoint
-from checkpoints.z_image import build_z_image_checkpoint
 from triton_diffusion.config import ChainConfig
 from triton_diffusion.families.registry import FAMILIES, find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
@@ -41,38 +31,6 @@ STAYS = "stays"
 """The name of a checkpoint that is served all the time."""
 PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint of a family and what is asked of it."""
-
-    build: Callable[[Path], Path]
-    options: dict[str, Any] = field(default_factory=dict)
-    num_images: int = 0
-
-
-SMALL = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 24, "seed": 5}
-GUIDED = {"guidance_scale": 3.0, "negative_prompt": "dark"}
-VIDEO = {"num_frames": 5}
-CASES = {
-    "flux": Case(
-        lambda folder: build_flux_checkpoint(folder, guidance_embeds=True, dynamic_shift=True),
-        {"strength": 0.8, "num_inference_steps": 4},
-        num_images=1,
-    ),
-    "flux2": Case(build_klein_checkpoint, {"max_sequence_length": 64}),
-    "glm_image": Case(build_glm_image_checkpoint, GUIDED),
-    "hunyuan_video": Case(build_hunyuan_video_checkpoint, VIDEO),
-    "ltx_video": Case(build_ltx_video_checkpoint, VIDEO | GUIDED),
-    "qwen_image": Case(
-        lambda folder: build_qwen_image_checkpoint(folder, "QwenImageEditPipeline", halvings=2), GUIDED, num_images=1
-    ),
-    "stable_diffusion": Case(build_stable_diffusion_checkpoint, {"max_sequence_length": 20} | GUIDED),
-    "stable_diffusion_3": Case(build_stable_diffusion_3_checkpoint, GUIDED),
-    "stable_diffusion_xl": Case(build_stable_diffusion_xl_checkpoint, {"max_sequence_length": 20} | GUIDED),
-    "wan": Case(lambda folder: build_wan_checkpoint(folder, "experts"), VIDEO | GUIDED),
-    "z_image": Case(build_z_image_checkpoint, GUIDED),
-}
 
 QUICKLY = ("glm_image", "qwen_image", "wan")
 """Asked in every run: an autoregressive prior, pictures in prompts, videos of two experts. It takes half a minute to
