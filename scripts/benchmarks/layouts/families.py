@@ -63,8 +63,8 @@ def _encode(checkpoint: Path, case: Any) -> dict[str, bytes]:
     """Two requests as the denoising takes them."""
     import torch
 
-    from checkpoints.requests import make_request
-
+    small = import_module("checkpoints.families").SMALL
+    make_request = import_module("checkpoints.requests").make_request
     pictures = np.random.default_rng(0).integers(0, 255, (case.num_images, 64, 64, 3), dtype=np.uint8)
     stages = import_module("checkpoints.stages").InProcessStages(checkpoint)
     options = small | case.options | {"num_images": case.num_images}
