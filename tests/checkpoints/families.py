@@ -41,12 +41,14 @@ CASES = {
     "glm_image": FamilyCase(build_glm_image_checkpoint, _GUIDED),
     "hunyuan_video": FamilyCase(build_hunyuan_video_checkpoint, _VIDEO),
     "ltx_video": FamilyCase(build_ltx_video_checkpoint, _VIDEO | _GUIDED),
-    "qwen_image": FamilyCase(
-        lambda folder: build_qwen_image_checkpoint(folder, "QwenImageEditPipeline", halvings=2), _GUIDED, num_images=1
-    ),
+    "qwen_image": FamilyCase(build_qwen_image_checkpoint, _GUIDED),
     "stable_diffusion": FamilyCase(build_stable_diffusion_checkpoint, {"max_sequence_length": 20} | _GUIDED),
     "stable_diffusion_3": FamilyCase(build_stable_diffusion_3_checkpoint, _GUIDED),
     "stable_diffusion_xl": FamilyCase(build_stable_diffusion_xl_checkpoint, {"max_sequence_length": 20} | _GUIDED),
     "wan": FamilyCase(lambda folder: build_wan_checkpoint(folder, "experts"), _VIDEO | _GUIDED),
     "z_image": FamilyCase(build_z_image_checkpoint, _GUIDED),
 }
+QWEN_EDIT = FamilyCase(
+    lambda folder: build_qwen_image_checkpoint(folder, "QwenImageEditPipeline", halvings=2), _GUIDED, num_images=1
+)
+"""A picture in the prompt. The pipeline makes a megapixel of it, whatever its size, which takes its time."""

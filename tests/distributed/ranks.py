@@ -12,7 +12,7 @@ from typing import Any
 
 from triton_diffusion.config import ParallelConfig
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 100.0
 """For a run in all: ranks that wait for each other are ended by then."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -49,7 +49,8 @@ def _measure_family(name: str, checkpoint: Path, case: Any, layouts: Mapping[str
         try:
             find_family(opened).check_parallel("denoising", opened, parallel)
         except ConfigurationError as error:
-            figures.append(Figure(name=f"{title} (-: {error})", value=float("nan")))
+            reason = str(error).partition(": ")[2].partition(";")[0]
+            figures.append(Figure(name=f"{title} ({reason})", value=float("nan")))
             continue
         found = _denoise(checkpoint, parallel, blobs)
         difference = max(
