@@ -34,8 +34,8 @@ PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
 CASES_HERE = CASES | {"qwen_edit": QWEN_EDIT}
 QUICKLY = ("flux", "glm_image", "wan")
-"""Asked in every run: a picture to start from, an autoregressive prior, videos of two experts. It takes half a minute to
-load a family on two cores, so that the others wait for `scripts/test -m slow`."""
+"""Asked in every run: a picture to start from, an autoregressive prior, videos of two experts. It takes half a minute
+to load a family on two cores, so that the others wait for `scripts/test -m slow`."""
 
 
 @pytest.fixture(scope="module")
