@@ -76,9 +76,9 @@ def test_what_is_given_is_kept() -> None:
         "deadline_s": 12.5,
         "deadline_action": "drop",
     }
-    of_videos_and_pictures = {"num_frames", "fps", "flow_shift", "strength"}
-    assert values.keys() == set(INPUT_NAMES) - of_videos_and_pictures
-    assert values.items() <= resolve(**values).to_json().items()
+    of_others = {"num_frames": 1, "fps": 0.0, "flow_shift": None, "strength": None}
+    assert values.keys() | of_others.keys() == set(INPUT_NAMES)
+    assert resolve(**values).to_json() == values | of_others | {"num_images": 0}
 
 
 def test_a_request_survives_json() -> None:

@@ -176,7 +176,9 @@ def _make_room(destination: Path, name: str, models: list[str], *, force: bool) 
         marker = destination / _MARKER
         earlier: dict[str, list[str]] = {}
         if marker.is_file():
-            earlier = json.loads(marker.read_text(encoding="utf-8"))["models"]
+            written = json.loads(marker.read_text(encoding="utf-8"))["models"]
+            # A list is of a version that knew one name only.
+            earlier = {DEFAULT_NAME: written} if isinstance(written, list) else written
         elif any(destination.iterdir()) and not force:
             raise ConfigurationError(
                 f"{destination} is not empty and was not made by triton-diffusion; choose another folder, "

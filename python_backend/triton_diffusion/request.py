@@ -190,7 +190,7 @@ def resolve_request(
     width = given.get("width", defaults.width)
     _check_size(height, width, defaults, limits)
     num_outputs = _checked_int(given, "num_outputs", 1, 1, limits.max_num_outputs)
-    _check_images(num_images, defaults)
+    check_num_images(num_images, defaults)
     num_frames = _checked_num_frames(given, defaults, limits)
     request = GenerationRequest(
         prompt=_checked_prompt(given, "prompt", limits),
@@ -224,7 +224,8 @@ def resolve_request(
     return request, _warnings(given, request, defaults)
 
 
-def _check_images(num_images: int, defaults: RequestDefaults) -> None:
+def check_num_images(num_images: int, defaults: RequestDefaults) -> None:
+    """Raise InvalidRequestError unless a request may bring so many pictures."""
     lowest, highest = defaults.min_images, defaults.max_images
     if lowest <= num_images <= highest:
         return

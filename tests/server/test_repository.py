@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from triton_diffusion.config import CancellationConfig, ChainConfig, StageConfig
+from triton_diffusion.config import CancellationConfig, ChainConfig, FamiliesConfig, StageConfig
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.repository import build_repository, find_model_repository
 from triton_diffusion.request import INPUT_NAMES
@@ -17,7 +18,9 @@ from triton_diffusion.request import INPUT_NAMES
 STAGES = {"text_encoding", "denoising", "decoding"}
 CHAINS = {"diffusion", "diffusion_stream"}
 CONFIG_CLASSES: dict[str, Any] = (
-    dict.fromkeys(STAGES, StageConfig) | dict.fromkeys(CHAINS, ChainConfig) | {"cancellation": CancellationConfig}
+    dict.fromkeys({*STAGES, "image_encoding", "prior_generation"}, StageConfig)
+    | dict.fromkeys(CHAINS, ChainConfig)
+    | {"cancellation": CancellationConfig, "families": FamiliesConfig}
 )
 
 
@@ -129,3 +132,54 @@ def test_a_destination_that_is_a_file_is_refused(tmp_path) -> None:
     (tmp_path / "models").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be written"):
         build_repository(tmp_path / "models", {})
+
+
+# Several checkpoints in one repository.
+
+
+def test_models_of_two_names_stand_side_by_side_and_call_their_own_stages(tmp_path) -> None:
+    build_repository(tmp_path / "models", {"max_pixels": "1000"})
+    folder = build_repository(tmp_path / "models", {"max_pixels": "2000"}, name="wan")
+    assert {"diffusion", "denoising", "wan", "wan_stream", "wan_denoising", "wan_families"} <= set(os.listdir(folder))
+    assert read(folder / "wan").name == "wan"
+    assert parameters(folder / "wan")["denoising_model"] == "wan_denoising"
+    assert parameters(folder / "wan_cancellation")["decoding_model"] == "wan_decoding"
+    assert [parameters(folder / name)["max_pixels"] for name in ("diffusion", "wan")] == ["1000", "2000"]
+    assert parameters(folder / "diffusion")["denoising_model"] == "denoising"
+
+
+def test_a_name_is_built_anew_without_the_models_of_others(tmp_path) -> None:
+    build_repository(tmp_path / "models", {})
+    build_repository(tmp_path / "models", {}, name="wan")
+    folder = build_repository(tmp_path / "models", {}, name="wan", stages=("text_encoding", "denoising", "decoding"))
+    assert not (folder / "wan_prior_generation").exists()
+    assert (folder / "prior_generation").exists()
+
+
+def test_a_stage_that_is_left_out_is_known_to_nobody(tmp_path) -> None:
+    folder = build_repository(tmp_path / "models", {}, stages=("text_encoding", "denoising", "decoding"))
+    assert not (folder / "image_encoding").exists()
+    for model in ("diffusion", "diffusion_stream", "cancellation", "families"):
+        assert parameters(folder / model)["image_encoding_model"] == ""
+
+
+@pytest.mark.parametrize("name", ["denoising", "families", "a b", "../up", ""])
+def test_a_name_that_cannot_be_is_refused(tmp_path, name) -> None:
+    with pytest.raises(ConfigurationError, match="name="):
+        build_repository(tmp_path / "models", {}, name=name)
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_name_whose_models_are_those_of_another_is_refused(tmp_path) -> None:
+    build_repository(tmp_path / "models", {}, name="wan")
+    with pytest.raises(ConfigurationError, match=r"wan_stream in .* belongs to 'wan'"):
+        build_repository(tmp_path / "models", {}, name="wan_stream")
+
+
+def test_a_folder_of_a_version_with_one_name_is_built_anew(tmp_path) -> None:
+    folder = build_repository(tmp_path / "models", {})
+    (folder / ".triton-diffusion.json").write_text('{"models": ["diffusion", "old_stage"]}')
+    (folder / "old_stage").mkdir()
+    build_repository(folder, {})
+    assert not (folder / "old_stage").exists()
+    assert (folder / "diffusion").exists()

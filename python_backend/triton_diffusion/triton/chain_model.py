@@ -20,7 +20,7 @@ from triton_diffusion.config import ChainConfig
 from triton_diffusion.errors import DiffusionError, InvalidRequestError, QueueFullError, RequestCancelledError
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.request import INPUT_NAMES, PICTURE_FORMATS, GenerationRequest
+from triton_diffusion.request import INPUT_NAMES, PICTURE_FORMATS, GenerationRequest, check_num_images
 from triton_diffusion.runtime.estimates import DecodingTime, EndRate
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
 from triton_diffusion.state import (
@@ -81,12 +81,12 @@ class ChainModel:
             self._config = ChainConfig.from_parameters(read_parameters(args))
             self._checkpoint = open_checkpoint(self._config.model_path)
             self._family = find_family(self._checkpoint)
-            defaults = self._family.request_defaults(
+            self._defaults = self._family.request_defaults(
                 self._checkpoint, takes_images=bool(self._config.image_encoding_model)
             )
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self._validation = InputValidationStage(self._family, defaults, self._config)
+        self._validation = InputValidationStage(self._family, self._defaults, self._config)
         self._needs_seed = uses_response_cache(args)
         self._decoding_time = DecodingTime()
         self._end_rate = EndRate()
@@ -145,6 +145,8 @@ class ChainModel:
 
     def _run(self, job: _Job, given: dict[str, Any], image_files: list[bytes]) -> None:
         try:
+            # Before they are decoded: each may be large.
+            check_num_images(len(image_files), self._defaults)
             incoming = IncomingRequest(given, decode_images(image_files, self._config))
             response = pb_utils.InferenceResponse(output_tensors=self._generate(job, incoming))
             self._end_rate.note_end()
