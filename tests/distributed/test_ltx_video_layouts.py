@@ -11,8 +11,9 @@ import pytest
 from checkpoints.ltx_video import build_ltx_video_checkpoint
 from checkpoints.requests import make_request
 from checkpoints.stages import InProcessStages
+from distributed.layouts import check_layout, denoise_alone
 from distributed.ranks import run_ranks
-from distributed.stage_scenarios import decode_in_tiles, run_stage
+from distributed.stage_scenarios import decode_in_tiles
 from triton_diffusion.config import ParallelConfig
 
 SIZE: dict[str, Any] = {"height": 24, "width": 40, "num_frames": 5, "fps": 25.0, "max_sequence_length": 25}
@@ -50,8 +51,7 @@ def blobs(stages: InProcessStages) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def alone(folder: str, blobs: dict[str, bytes]) -> dict[str, Any]:
-    (answer,) = run_ranks(run_stage, ParallelConfig(), folder=folder, stage_model="denoising", blobs=blobs)
-    return dict(answer)
+    return denoise_alone(folder, blobs)
 
 
 @pytest.mark.parametrize(
@@ -68,15 +68,8 @@ def alone(folder: str, blobs: dict[str, bytes]) -> dict[str, Any]:
 def test_every_layout_draws_what_one_rank_does(
     folder: str, blobs: dict[str, bytes], alone: dict[str, Any], parallel: ParallelConfig
 ) -> None:
-    answers = run_ranks(run_stage, parallel, folder=folder, stage_model="denoising", blobs=blobs)
     assert alone["results"].keys() == {*TEXT, *PICTURE}
-    for request_id, expected in alone["results"].items():
-        error = np.abs(answers[0]["results"][request_id]["latents"] - expected["latents"]).max()
-        print(f"{request_id}: largest error {error:.2e} of {np.abs(expected['latents']).max():.2f}")
-        assert error < 1e-5
-    for answer in answers:
-        share = answer["num_weights"]["transformer"] / alone["num_weights"]["transformer"]
-        assert (share < 0.65) == (parallel.tp == 2), share
+    for answer in check_layout(folder, blobs, alone, parallel, weights_below=0.65):
         assert (answer["sent_bytes"] > 0) == (parallel.tp == 2)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from checkpoints.requests import make_blob, make_request
 from checkpoints.stable_diffusion_3 import build_stable_diffusion_3_checkpoint
 from checkpoints.stages import InProcessStages
-from distributed.ranks import run_ranks
-from distributed.stage_scenarios import run_stage
+from distributed.layouts import check_layout, denoise_alone, encode_on_two_ranks
 from triton_diffusion.config import ParallelConfig
 
 SIZE: dict[str, Any] = {"height": 20, "width": 44, "max_sequence_length": 25}
@@ -36,8 +34,7 @@ def blobs(folder: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def alone(folder: str, blobs: dict[str, bytes]) -> dict[str, Any]:
-    (answer,) = run_ranks(run_stage, ParallelConfig(), folder=folder, stage_model="denoising", blobs=blobs)
-    return dict(answer)
+    return denoise_alone(folder, blobs)
 
 
 @pytest.mark.parametrize(
@@ -55,25 +52,13 @@ def alone(folder: str, blobs: dict[str, bytes]) -> dict[str, Any]:
 def test_every_layout_draws_what_one_rank_does(
     folder: str, blobs: dict[str, bytes], alone: dict[str, Any], parallel: ParallelConfig
 ) -> None:
-    answers = run_ranks(run_stage, parallel, folder=folder, stage_model="denoising", blobs=blobs)
-    for request_id, expected in alone["results"].items():
-        error = np.abs(answers[0]["results"][request_id]["latents"] - expected["latents"]).max()
-        print(f"{request_id}: largest error {error:.2e} of {np.abs(expected['latents']).max():.2f}")
-        assert error < 1e-5
-    for answer in answers:
-        share = answer["num_weights"]["transformer"] / alone["num_weights"]["transformer"]
-        assert (share < 0.75) == (parallel.tp == 2), share
+    for answer in check_layout(folder, blobs, alone, parallel, weights_below=0.75):
         assert (answer["sent_bytes"] > 0) == (parallel.tp == 2)
 
 
 def test_t5_over_two_ranks_encodes_as_on_one(folder: str) -> None:
     given = {request_id: make_blob(request_id, request) for request_id, request in REQUESTS.items()}
-    arguments: dict[str, Any] = {"folder": folder, "stage_model": "text_encoding", "blobs": given}
-    (one,) = run_ranks(run_stage, ParallelConfig(), **arguments)
-    answers = run_ranks(run_stage, ParallelConfig(tp=2), **arguments)
-    for request_id, tensors in one["results"].items():
-        for name, expected in tensors.items():
-            assert np.abs(answers[0]["results"][request_id][name] - expected).max() < 1e-5, name
+    one, answers = encode_on_two_ranks(folder, given)
     assert one["results"]["plain"]["prompt_embeds"].std() > 0.1, "there is something to get wrong"
     for answer in answers:
         assert answer["num_weights"]["text_encoder_3"] < 0.75 * one["num_weights"]["text_encoder_3"]
