@@ -168,3 +168,11 @@ def test_tensors_that_lie_about_their_size_are_refused(server: RunningServer) ->
         with pytest.raises(InferenceServerException):
             client.infer("diffusion", [prompt])
     assert server.infer(prompt="a circle", num_inference_steps=1) is not None
+
+
+def test_pictures_are_counted_before_they_are_decoded(server: RunningServer) -> None:
+    """Otherwise a request could have us decode any number of them, each of the largest size."""
+    with pytest.raises(InferenceServerException, match="image: 3 given, and this model takes 0 to 1"):
+        server.infer(prompt="a cat", image=np.array([b"no picture"] * 3, dtype=np.object_))
+    with pytest.raises(InferenceServerException, match=r"image\[0\]"):
+        server.infer(prompt="a cat", image=np.array([b"no picture"], dtype=np.object_))
