@@ -45,7 +45,9 @@ CASES = {
     "stable_diffusion": FamilyCase(build_stable_diffusion_checkpoint, {"max_sequence_length": 20} | _GUIDED),
     "stable_diffusion_3": FamilyCase(build_stable_diffusion_3_checkpoint, _GUIDED),
     "stable_diffusion_xl": FamilyCase(build_stable_diffusion_xl_checkpoint, {"max_sequence_length": 20} | _GUIDED),
-    "wan": FamilyCase(lambda folder: build_wan_checkpoint(folder, "experts"), _VIDEO | _GUIDED),
+    "wan": FamilyCase(
+        lambda folder: build_wan_checkpoint(folder, "experts"), _VIDEO | _GUIDED | {"guidance_scale_2": 2.0}
+    ),
     "z_image": FamilyCase(build_z_image_checkpoint, _GUIDED),
 }
 QWEN_EDIT = FamilyCase(

@@ -19,6 +19,34 @@ TOLERANCE = 1e-4
 Arguments = Callable[[GenerationRequest, list[Image.Image]], dict[str, Any]]
 
 
+def common_arguments(request: GenerationRequest, *, videos: bool = False) -> dict[str, Any]:
+    """Those that all pipelines of pictures, or of videos, have."""
+    return {
+        "prompt": request.prompt,
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.num_inference_steps,
+        "num_videos_per_prompt" if videos else "num_images_per_prompt": request.num_outputs,
+        "max_sequence_length": request.max_sequence_length,
+        **({"num_frames": request.num_frames} if videos else {}),
+    }
+
+
+def guided_arguments(request: GenerationRequest, *, videos: bool = False) -> dict[str, Any]:
+    """With guidance where the pipeline's guidance_scale is ours."""
+    guidance = {"negative_prompt": request.negative_prompt, "guidance_scale": request.guidance_scale}
+    return common_arguments(request, videos=videos) | guidance
+
+
+def distilled_arguments(request: GenerationRequest, *, videos: bool = False) -> dict[str, Any]:
+    """With guidance where the pipeline's guidance_scale is fed to the model, and ours is its true_cfg_scale."""
+    return common_arguments(request, videos=videos) | {
+        "negative_prompt": request.negative_prompt,
+        "true_cfg_scale": request.guidance_scale,
+        "guidance_scale": request.embedded_guidance_scale,
+    }
+
+
 class Pair:
     """Stages and reference on one checkpoint, in float32 on the CPU."""
 

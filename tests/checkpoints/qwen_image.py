@@ -16,9 +16,6 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import (
     Qwen2_5_VLConfig,
@@ -29,7 +26,7 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from checkpoints.text import SENTENCES, WIDTH
+from checkpoints.text import WIDTH, train_byte_bpe
 
 PIPELINES: dict[str, Any] = {
     "QwenImagePipeline": QwenImagePipeline,
@@ -91,15 +88,12 @@ def build_qwen_image_checkpoint(
 
 def train_qwen_tokenizer() -> Qwen2Tokenizer:
     """As Qwen2.5's: each word of the templates is one token, so that they are as long as with the real vocabulary."""
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    trainer = BpeTrainer(
+    bpe = train_byte_bpe(
+        SPECIAL_TOKENS,
+        sentences=[prompt_template(name) for name in PIPELINES],
         vocab_size=1500,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=list(SPECIAL_TOKENS),
-        show_progress=False,
+        pre_tokenizer=Qwen2Tokenizer().backend_tokenizer.pre_tokenizer,
     )
-    bpe.train_from_iterator([*SENTENCES, *(prompt_template(name) for name in PIPELINES)], trainer)
     merges: Any = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     # Padded on the left, as for models that go on writing: an encoder must not leave the side to the tokenizer.
     return Qwen2Tokenizer(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
+from checkpoints.parity import distilled_arguments
 from triton_diffusion.request import GenerationRequest
 
 
@@ -32,15 +33,7 @@ class Reference:
 
     def _run(self, request: GenerationRequest, output_type: str) -> Any:
         return self._pipeline(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt if request.uses_guidance else None,
-            true_cfg_scale=request.guidance_scale,
-            guidance_scale=request.embedded_guidance_scale,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.num_inference_steps,
-            num_images_per_prompt=request.num_outputs,
+            **distilled_arguments(request),
             generator=[torch.Generator().manual_seed(seed) for seed in request.output_seeds],
-            max_sequence_length=request.max_sequence_length,
             output_type=output_type,
         ).images

@@ -13,14 +13,18 @@ from triton_diffusion.config import StageConfig
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.runtime.service import Answer, StageService
+from triton_diffusion.runtime.held_request import Answer
+from triton_diffusion.runtime.service import StageService
 from triton_diffusion.state import (
     CancelOrder,
     Progress,
     ProgressQuery,
+    StageHealth,
+    read_health,
     read_num_cancelled,
     read_progress,
     write_cancel_order,
+    write_health_query,
     write_progress_query,
 )
 
@@ -47,9 +51,13 @@ class Caller:
         """How many requests were cancelled."""
         return read_num_cancelled(self.run(write_cancel_order(CancelOrder([request_id]))))
 
-    def progress(self, request_id: str, after_step: int) -> tuple[Progress, bytes | None]:
-        """Waits until the request has done more than `after_step` steps."""
-        return read_progress(self.run(write_progress_query(ProgressQuery(request_id, after_step))))
+    def progress(self, request_id: str, after_step: int, after_restarts: int = 0) -> tuple[Progress, bytes | None]:
+        """Waits until the request has done more than `after_step` steps, or was started anew more often."""
+        return read_progress(self.run(write_progress_query(ProgressQuery(request_id, after_step, after_restarts))))
+
+    def health(self) -> StageHealth:
+        """What the service says of itself."""
+        return read_health(self.run(write_health_query()))
 
     def pids(self, replica: int = 0) -> list[int]:
         """The rank processes of a replica, rank 0 first."""

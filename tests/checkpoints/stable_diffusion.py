@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -147,6 +148,10 @@ def stable_diffusion_pair(folder: Path) -> Pair:
 def stable_diffusion_xl_pair(folder: Path) -> Pair:
     """Stages and pipelines of Stable Diffusion XL."""
     return Pair(folder, BothPipelines(StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline), _arguments)
+
+
+LONG_PROMPT = "the small green square stands left of a large yellow triangle, " * 4
+PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
 def make_short_request(**values: Any) -> GenerationRequest:

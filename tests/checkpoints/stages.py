@@ -34,20 +34,22 @@ def alone() -> RankGroup:
 class InProcessStages:
     """All stage models of one checkpoint, each a RankExecutor of one rank."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, checkpoint_steps: int = 0) -> None:
         self._numbers = itertools.count()
         self.checkpoint = open_checkpoint(str(folder))
         self.family = find_family(self.checkpoint)
         needed = self.family.stage_components(self.checkpoint)
         self.executors: dict[str, RankExecutor] = {
-            stage_model: load_stage(stage_model, str(folder), alone(), dtype=dtype).executor
+            stage_model: load_stage(
+                stage_model, str(folder), alone(), dtype=dtype, checkpoint_steps=checkpoint_steps
+            ).executor
             for stage_model in STAGE_MODELS
             if stage_model in needed
         }
 
-    def admit(self, stage_model: str, request_id: str, blob: bytes) -> None:
+    def admit(self, stage_model: str, request_id: str, blob: bytes, checkpoint: bytes | None = None) -> None:
         """Hand a state to a stage."""
-        self.executors[stage_model].admit(AdmitRequest(request_id=request_id, state=blob))
+        self.executors[stage_model].admit(AdmitRequest(request_id=request_id, state=blob, checkpoint=checkpoint))
 
     def tick(self, stage_model: str, rows: Sequence[tuple[str, int]], num_steps: int = 1) -> TickDone:
         """Run the rows together."""

@@ -113,13 +113,20 @@ def make_t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)
 
 
-def train_byte_bpe(special_tokens: Sequence[str], *, sentences: Sequence[str] = (), vocab_size: int = 400) -> Tokenizer:
+def train_byte_bpe(
+    special_tokens: Sequence[str],
+    *,
+    sentences: Sequence[str] = (),
+    vocab_size: int = 400,
+    pre_tokenizer: pre_tokenizers.PreTokenizer | None = None,
+) -> Tokenizer:
     """A byte-level BPE as Qwen, LLaMA 3 and GLM have it, for `PreTrainedTokenizerFast(tokenizer_object=...)` and kin.
 
-    sentences: more than SENTENCES, such as a template that must not fall into single letters.
+    sentences: more than SENTENCES, such as a template that must not fall into single letters. pre_tokenizer: in place
+    of one that parts words alone.
     """
     bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=vocab_size,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distributed.ranks import run_ranks
-from distributed.stage_scenarios import run_stage
+from distributed.stage_scenarios import run_in_tiles, run_stage
 from triton_diffusion.config import ParallelConfig
 
 
@@ -33,6 +34,20 @@ def check_layout(
         share = answer["num_weights"]["transformer"] / alone["num_weights"]["transformer"]
         assert (share < weights_below) == (parallel.tp == 2), share
     return answers
+
+
+def check_tiles(
+    folder: str, blobs: dict[str, bytes], tiles: dict[str, int], stage_model: str
+) -> dict[str, dict[str, NDArray[Any]]]:
+    """Assert that two ranks make of tiles, to the bit, what one does; returns that, by request id and name."""
+    arguments: dict[str, Any] = {"folder": folder, "blobs": blobs, "tiles": tiles, "stage_model": stage_model}
+    (one,) = run_ranks(run_in_tiles, ParallelConfig(), **arguments)
+    both = run_ranks(run_in_tiles, ParallelConfig(), num_ranks=2, **arguments)
+    for request_id, tensors in one.items():
+        assert both[0][request_id].keys() == tensors.keys()
+        for name, expected in tensors.items():
+            assert np.array_equal(both[0][request_id][name], expected), name
+    return dict(one)
 
 
 def encode_on_two_ranks(folder: str, given: dict[str, bytes]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -37,11 +37,15 @@ def run_stage(group: RankGroup, folder: str, stage_model: str, blobs: dict[str, 
     }
 
 
-def decode_in_tiles(group: RankGroup, folder: str, blobs: dict[str, bytes], tiles: dict[str, int]) -> Results:
-    """Decode requests in tiles of a size that suits small pictures: arguments of the autoencoder's enable_tiling."""
-    stage = load_stage("decoding", folder, group, dtype=torch.float32, vae_tiling="on")
+def run_in_tiles(
+    group: RankGroup, folder: str, blobs: dict[str, bytes], tiles: dict[str, int], stage_model: str = "decoding"
+) -> Results:
+    """Decode requests, or encode their pictures, in tiles of a size that suits small pictures: arguments of the
+    autoencoder's enable_tiling.
+    """
+    stage = load_stage(stage_model, folder, group, dtype=torch.float32, vae_tiling="on")
     stage.components["vae"].enable_tiling(**tiles)
-    return run_requests(stage, folder, "decoding", blobs)
+    return run_requests(stage, folder, stage_model, blobs)
 
 
 def run_requests(stage: LoadedStage, folder: str, stage_model: str, blobs: dict[str, bytes]) -> Results:

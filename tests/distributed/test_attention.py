@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from triton_diffusion.attention import backends
-from triton_diffusion.attention.backends import BACKENDS, AttentionInputs, key_mask
+from triton_diffusion.attention.backends import BACKENDS, AttentionBackend, AttentionInputs, key_mask
 from triton_diffusion.attention.choice import ENVIRONMENT_VARIABLE, choose_backend
 from triton_diffusion.attention.diffusers_models import replace_attention
 from triton_diffusion.distributed.attention import ParallelAttention, merge
@@ -155,6 +158,112 @@ def test_a_backend_that_takes_no_mask_leaves_masked_calls_to_torch(tensors: Tens
     keep = padding([3, 9])
     attention = ParallelAttention(BACKENDS["flash_attn"], Mesh(), None)
     assert torch.allclose(attention(*tensors, keep).double(), reference(tensors, keep)[0], atol=1e-5)
+
+
+# Libraries for GPUs, by stand-ins that take the arguments of the real ones, and return what those do.
+
+
+def flash_attn_2(*tensors: Any, softmax_scale: float | None = None, return_attn_probs: bool = False) -> Any:
+    out, lse = attended_heads_second(*tensors, softmax_scale)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_3(*tensors: Any, softmax_scale: float | None = None, return_attn_probs: bool = False) -> Any:
+    out, lse = attended_heads_second(*tensors, softmax_scale)
+    return (out, lse) if return_attn_probs else out
+
+
+def flash_attn_3_of_2024(*tensors: Any, softmax_scale: float | None = None) -> Any:
+    return attended_heads_second(*tensors, softmax_scale)
+
+
+def flash_attn_4(*tensors: Any, softmax_scale: float | None = None, return_lse: bool = False) -> Any:
+    out, lse = attended_heads_second(*tensors, softmax_scale)
+    return out, lse if return_lse else None
+
+
+def sage_attn_2(*tensors: Any, tensor_layout: str, sm_scale: float | None = None, return_lse: bool = False) -> Any:
+    assert tensor_layout == "NHD"
+    out, lse = attended_heads_second(*tensors, sm_scale)
+    return (out, lse) if return_lse else out
+
+
+def sage_attn_1(*tensors: Any, tensor_layout: str, sm_scale: float | None = None, **_: Any) -> Any:
+    assert tensor_layout == "NHD"
+    return attended_heads_second(*tensors, sm_scale)[0]
+
+
+def attended_heads_second(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, Sq, H, D) and log-sum-exp (B, H, Sq)."""
+    out, lse = BACKENDS["torch_sdpa"].attend(AttentionInputs(query, key, value, None, scale), with_lse=True)
+    assert lse is not None
+    return out, lse.transpose(1, 2)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], AttentionBackend]:
+    """Puts a stand-in where the library would be."""
+
+    def install(function: Any) -> AttentionBackend:
+        if function.__name__.startswith("sage"):
+            monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=function))
+            return BACKENDS["sage_attn"]
+        version = int(function.__name__.split("_")[2])
+        monkeypatch.setattr(backends, "flash_attn_version", lambda _: version)
+        module = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}[version]
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=function))
+        return BACKENDS["flash_attn"]
+
+    return install
+
+
+LIBRARIES = [flash_attn_2, flash_attn_3, flash_attn_3_of_2024, flash_attn_4, sage_attn_2]
+
+
+@pytest.mark.parametrize("scale", [None, 0.1])
+@pytest.mark.parametrize("function", LIBRARIES, ids=lambda function: function.__name__)
+def test_libraries_are_asked_for_the_log_sum_exp_as_each_wants_it(
+    function: Any, scale: float | None, install: Callable[[Any], AttentionBackend], tensors: Tensors
+) -> None:
+    backend, inputs = install(function), AttentionInputs(*tensors, None, scale)
+    expected_out, expected_lse = BACKENDS["torch_sdpa"].attend(inputs, with_lse=True)
+    out, lse = backend.attend(inputs, with_lse=True)
+    assert expected_lse is not None
+    assert lse is not None
+    assert torch.allclose(out, expected_out)
+    assert torch.allclose(lse, expected_lse)
+    alone, none = backend.attend(inputs, with_lse=False)
+    assert torch.allclose(alone, expected_out)
+    assert none is None
+
+
+def test_a_version_without_log_sum_exp_attends_but_says_so_in_a_ring(
+    install: Callable[[Any], AttentionBackend], tensors: Tensors
+) -> None:
+    """The first SageAttention takes any argument, and returns no tuple: its first row was taken for all."""
+    backend, inputs = install(sage_attn_1), AttentionInputs(*tensors)
+    assert backend.attend(inputs, with_lse=False)[0].shape == tensors[0].shape
+    with pytest.raises(RuntimeError, match="this version of sageattention gives no log-sum-exp"):
+        backend.attend(inputs, with_lse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "head_dim", "message"),
+    [
+        ("sage_attn", (10, 0), 128, "sage_attn has no kernel for GPUs of compute capability 10.0"),
+        ("flash_attn", (10, 0), 192, "flash_attn 4 takes heads of at most 128, or of 256, and the model's have 192"),
+        ("flash_attn", (7, 5), 64, "flash_attn is installed in no version for this GPU"),
+    ],
+)
+def test_what_a_library_cannot_do_on_a_gpu_is_refused_at_the_start(
+    name: str, capability: tuple[int, int], head_dim: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_is_installed", lambda module: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(ConfigurationError, match=message):
+        choose_backend(name, device=CUDA, dtype=torch.bfloat16, head_dim=head_dim)
 
 
 # The choice.

@@ -13,7 +13,7 @@ from checkpoints.requests import make_blob, make_request
 from checkpoints.stages import InProcessStages
 from distributed.layouts import check_layout, denoise_alone, encode_on_two_ranks
 from distributed.ranks import run_ranks
-from distributed.stage_scenarios import decode_in_tiles
+from distributed.stage_scenarios import run_in_tiles
 from triton_diffusion.config import ParallelConfig
 
 SIZE: dict[str, Any] = {"height": 24, "width": 40, "num_frames": 9}
@@ -81,8 +81,8 @@ def test_tiles_in_space_and_time_are_shared_to_the_bit(folder: str, stages: InPr
     request = make_request(height=16, width=40, num_frames=21, num_outputs=2, num_inference_steps=1)
     blob = stages.run("denoising", "video", stages.encode("video", request))
     arguments: dict[str, Any] = {"folder": folder, "blobs": {"video": blob}, "tiles": TILES}
-    (one,) = run_ranks(decode_in_tiles, ParallelConfig(), **arguments)
-    both = run_ranks(decode_in_tiles, ParallelConfig(), num_ranks=2, **arguments)
+    (one,) = run_ranks(run_in_tiles, ParallelConfig(), **arguments)
+    both = run_ranks(run_in_tiles, ParallelConfig(), num_ranks=2, **arguments)
     assert np.array_equal(both[0]["video"]["videos"], one["video"]["videos"])
     untiled = stages.pictures(request).numpy()
     assert one["video"]["videos"].shape == untiled.shape == (2, 21, 16, 40, 3)

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load, save
 
 from checkpoints.qwen_image import LATENT_CHANNELS, build_qwen_image_checkpoint
-from checkpoints.requests import make_request
+from checkpoints.requests import make_blob, make_request
 from checkpoints.stages import InProcessStages
+from distributed.layouts import encode_on_two_ranks
 from distributed.ranks import run_ranks
-from distributed.stage_scenarios import decode_in_tiles, run_stage
+from distributed.stage_scenarios import run_in_tiles, run_stage
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.state import merge_tensors
 
@@ -96,6 +97,19 @@ def test_pictures_at_noise_level_zero_are_seen_in_every_layout(edit: Checkpoint,
     edit.check(parallel)
 
 
+def test_qwen_vl_over_two_ranks_encodes_words_and_pictures_as_on_one(edit: Checkpoint) -> None:
+    """Its weights have other names in the files than in the model."""
+    picture = np.random.default_rng(0).integers(0, 256, (20, 28, 3), np.uint8)
+    request = make_request(**SIZE, prompt="a cat", negative_prompt="dark", guidance_scale=3.0, num_images=1)
+    one, answers = encode_on_two_ranks(edit.folder, {"r": make_blob("r", request, [picture])})
+    assert one["results"]["r"]["prompt_embeds"].std() > 0.1, "there is something to get wrong"
+    for answer in answers:
+        share = answer["num_weights"]["text_encoder"] / one["num_weights"]["text_encoder"]
+        print(f"{share:.3f} of the weights a rank")
+        # What cuts a picture into patches stays whole, and is large beside so small a model.
+        assert share < 0.7
+
+
 def test_tiles_on_two_ranks_come_out_as_on_one(qwen: Checkpoint) -> None:
     """The decoder is handed a cache that it writes to, for the frames of a video; a tile of a picture starts anew."""
     sides = ("height", "width")
@@ -104,7 +118,7 @@ def test_tiles_on_two_ranks_come_out_as_on_one(qwen: Checkpoint) -> None:
     request = make_request(height=32, width=20, num_inference_steps=2)
     blobs = {"r": stages.run("denoising", "r", stages.encode("r", request))}
     arguments: dict[str, Any] = {"folder": qwen.folder, "blobs": blobs, "tiles": tiles}
-    (alone,) = run_ranks(decode_in_tiles, ParallelConfig(), **arguments)
-    answers = run_ranks(decode_in_tiles, ParallelConfig(), num_ranks=2, **arguments)
+    (alone,) = run_ranks(run_in_tiles, ParallelConfig(), **arguments)
+    answers = run_ranks(run_in_tiles, ParallelConfig(), num_ranks=2, **arguments)
     assert np.array_equal(answers[0]["r"]["pictures"], alone["r"]["pictures"])
     assert not np.array_equal(alone["r"]["pictures"], stages.pictures(request)), "there are several tiles"

@@ -5,24 +5,39 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers.hooks.tensor_parallel import TPShardSpec
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from distributed.ranks import run_ranks
 from distributed.scenarios import encode_with_t5
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.distributed.mesh import Axis
-from triton_diffusion.distributed.tensor_parallel import local_slice, shard_specs
+from triton_diffusion.distributed.tensor_parallel import TensorPlan, local_slice, shard_specs
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families.base import check_degree
 from triton_diffusion.families.flux import FAMILY
+from triton_diffusion.families.registry import FAMILIES
 from triton_diffusion.loading.checkpoint import Checkpoint, open_checkpoint
 from triton_diffusion.loading.components import load_components
 
@@ -184,6 +199,63 @@ def copy_with_t5(source: Path, folder: Path, feed_forward: str) -> Path:
                 torch.nn.init.normal_(parameter, std=1 / parameter.shape[1] ** 0.5)
     encoder.save_pretrained(folder / "text_encoder_2")
     return folder
+
+
+# The language models.
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class", "config"),
+    [
+        ("hunyuan_video", LlamaModel, LlamaConfig(hidden_size=4096, intermediate_size=14336, vocab_size=128320)),
+        ("z_image", Qwen3Model, Qwen3Config(hidden_size=2560, intermediate_size=9728, vocab_size=151936)),
+        (
+            "qwen_image",
+            Qwen2_5_VLForConditionalGeneration,
+            Qwen2_5_VLConfig(
+                text_config={
+                    "hidden_size": 3584,
+                    "intermediate_size": 18944,
+                    "num_attention_heads": 28,
+                    "num_key_value_heads": 4,
+                    "num_hidden_layers": 28,
+                    "vocab_size": 152064,
+                },
+                vision_config={"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+                tie_word_embeddings=False,
+            ),
+        ),
+        (
+            "flux2",
+            Mistral3ForConditionalGeneration,
+            Mistral3Config(
+                text_config=MistralConfig(
+                    hidden_size=5120, intermediate_size=32768, num_hidden_layers=40, head_dim=128, vocab_size=131072
+                ),
+                tie_word_embeddings=False,
+            ),
+        ),
+    ],
+)
+def test_each_of_two_ranks_has_about_half_of_a_language_model(family: str, model_class: Any, config: Any) -> None:
+    """In the sizes that are published; nothing is allocated."""
+    with init_empty_weights():
+        model = model_class(config)
+    specs = shard_specs(model, language_model_plan_of(family), 2)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    half = sum(size / (2 if name in specs and specs[name].dim is not None else 1) for name, size in sizes.items())
+    share = half / sum(sizes.values())
+    print(f"{share:.3f} of {sum(sizes.values()) / 1e9:.1f} billion weights a rank")
+    assert share < 0.52
+
+
+def language_model_plan_of(family: str) -> TensorPlan:
+    """Of a checkpoint of which only the configuration of the transformer is asked."""
+    config = {"num_attention_heads": 4, "attention_head_dim": 8}
+    checkpoint: Any = SimpleNamespace(config=lambda _: config, pipeline_class="Flux2Pipeline")
+    (found,) = (each for each in FAMILIES if each.name == family)
+    plan: TensorPlan = found.parallelize.tensor_plans(checkpoint)["text_encoder"]
+    return plan
 
 
 # Degrees.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoints.requests import make_blob, make_request
+from checkpoints.stages import alone
+from distributed.layouts import check_tiles
 from distributed.ranks import run_ranks
 from distributed.scenarios import LATENT_CHANNELS, decode_in_tiles, make_vae
+from distributed.stage_scenarios import run_requests
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.distributed.tiles import SharedTiles, deal_out, share_tiles
+from triton_diffusion.runtime.stage_loading import load_stage
 
 SHAPES = [(1, 16, 16), (1, 24, 40), (1, 40, 17), (2, 33, 20)]
 """(B, h, w) of latents: a picture that is one tile, wide and tall ones, a batch of two; tiles are 16 x 16 at most."""
@@ -44,6 +50,17 @@ def test_pictures_of_several_tiles_are_not_those_of_one(on_one_rank: list[Any]) 
         assert (np.abs(untiled - on_one_rank[index]).max() < 1e-5) == is_one_tile
 
 
+def test_two_ranks_encode_a_given_picture_to_the_bit_as_one_does_in_the_same_tiles(flux_checkpoint: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    request = make_request(height=96, width=72, num_images=1, strength=0.5)
+    blobs = {"r": make_blob("r", request, [picture])}
+    one = check_tiles(str(flux_checkpoint), blobs, {}, "image_encoding")["r"]["initial_moments"]
+    stage = load_stage("image_encoding", str(flux_checkpoint), alone(), dtype=torch.float32)
+    untiled = run_requests(stage, str(flux_checkpoint), "image_encoding", blobs)["r"]["initial_moments"]
+    assert one.shape == untiled.shape
+    assert np.abs(one - untiled).max() > 1e-3, "there are several tiles"
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_failure_stays_on_its_rank_and_the_next_picture_is_fine(num_ranks: int, on_one_rank: list[Any]) -> None:
     last = num_ranks - 1
@@ -62,7 +79,7 @@ def test_auto_tiles_where_several_ranks_can_share_them(tiling: Any, num_ranks: i
     vae = make_vae()
     share_tiles(vae, SimpleNamespace(size=num_ranks), tiling)  # type: ignore[arg-type]
     assert vae.use_tiling == is_shared
-    assert isinstance(vae.decoder, SharedTiles) == is_shared
+    assert isinstance(vae.decoder, SharedTiles) == isinstance(vae.encoder, SharedTiles) == is_shared
 
 
 # Who makes which tile.

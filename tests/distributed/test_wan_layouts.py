@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from checkpoints.requests import make_blob, make_request
 from checkpoints.stages import InProcessStages, alone
 from checkpoints.wan import BOUNDARY_RATIO, Kind, build_wan_checkpoint
+from distributed.layouts import check_tiles
 from distributed.ranks import run_ranks
-from distributed.stage_scenarios import run_stage
+from distributed.stage_scenarios import run_requests, run_stage
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.runtime.stage_loading import load_stage
+from triton_diffusion.state import merge_tensors
 
 U2, U4, R2, R3 = (ParallelConfig(ulysses=2), ParallelConfig(ulysses=4), ParallelConfig(ring=2), ParallelConfig(ring=3))
 TP2, U2R2, TP2U2 = ParallelConfig(tp=2), ParallelConfig(ulysses=2, ring=2), ParallelConfig(tp=2, ulysses=2)
@@ -107,6 +110,38 @@ def test_umt5_over_two_ranks_encodes_as_on_one(checkpoint: Callable[[Kind], Chec
             assert expected.std() > 0.1, "there is something to get wrong"
     for answer in answers:
         assert answer["num_weights"]["text_encoder"] < 0.8 * one["num_weights"]["text_encoder"]
+
+
+TILES = {"tile_sample_min_height": 16, "tile_sample_min_width": 16} | {
+    "tile_sample_stride_height": 8,
+    "tile_sample_stride_width": 8,
+}
+
+
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_tiles_of_a_video_go_through_all_their_frames_on_one_rank(
+    checkpoint: Callable[[Kind], Checkpoint], kind: Kind
+) -> None:
+    """Each tile has a cache of the frames before, and is decoded frame by frame."""
+    given = checkpoint(kind)
+    request = given.requests["plain"]
+    stage = load_stage("decoding", given.folder, alone(), dtype=torch.float32)
+    shape = stage.family.decode.example_inputs(stage.components, request)["latents"].shape
+    latents = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+    blobs = {"r": merge_tensors(save(latents, {}), make_blob("r", request))}
+    one = check_tiles(given.folder, blobs, TILES, "decoding")["r"]["videos"]
+    untiled = run_requests(stage, given.folder, "decoding", blobs)["r"]["videos"]
+    assert one.shape == untiled.shape == (1, request.num_frames, request.height, request.width, 3)
+    assert np.abs(one - untiled).max() > 1, "the frames have several tiles"
+
+
+def test_a_first_frame_is_encoded_in_tiles_by_two_ranks_as_by_one(checkpoint: Callable[[Kind], Checkpoint]) -> None:
+    """With gray frames behind it, and beside CLIP, which knows no tiles."""
+    given = checkpoint("i2v")
+    blobs = {"r": make_blob("r", given.requests["plain"], pictures_of("i2v"))}
+    one = check_tiles(given.folder, blobs, TILES, "image_encoding")["r"]["condition"]
+    untiled = load(given.blobs["plain"])["condition"].numpy()
+    assert np.abs(one - untiled).max() > 1e-3, "there are several tiles"
 
 
 def test_self_and_cross_attention_are_computed_by_the_backend_that_was_chosen(

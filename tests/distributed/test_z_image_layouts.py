@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from checkpoints.requests import make_blob, make_request
 from checkpoints.z_image import build_z_image_checkpoint
+from distributed.layouts import encode_on_two_ranks
 from distributed.ranks import run_ranks
 from distributed.z_image import Array, predict
 from triton_diffusion.config import ParallelConfig
@@ -61,3 +64,13 @@ def test_the_length_of_a_text_shows_in_its_row_alone(run: Run) -> None:
     changed = np.abs(behind - before).reshape(3, -1).max(1)
     assert changed[0] > 1e-3
     assert (changed[1:] < 1e-5).all()
+
+
+def test_qwen3_over_two_ranks_encodes_as_on_one(tmp_path: Path) -> None:
+    request = make_request(prompt="two black cats")
+    one, answers = encode_on_two_ranks(
+        str(build_z_image_checkpoint(tmp_path / "z_image")), {"r": make_blob("r", request)}
+    )
+    assert one["results"]["r"]["prompt_embeds"].std() > 0.1, "there is something to get wrong"
+    for answer in answers:
+        assert answer["num_weights"]["text_encoder"] < 0.6 * one["num_weights"]["text_encoder"]

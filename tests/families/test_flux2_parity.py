@@ -25,13 +25,14 @@ from safetensors.torch import load
 from transformers import Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
 
 from checkpoints.flux2 import PIXELS_PER_TOKEN, build_flux2_checkpoint, build_klein_checkpoint
-from checkpoints.parity import Pair, assert_close, differs
+from checkpoints.parity import Pair, assert_close, common_arguments, differs
 from checkpoints.requests import make_request as make_any_request
 from checkpoints.stages import Picture
-from triton_diffusion.config import ParallelConfig
+from triton_diffusion.config import ChainConfig, ParallelConfig
 from triton_diffusion.errors import ConfigurationError, InvalidRequestError
 from triton_diffusion.families.flux2 import references
 from triton_diffusion.families.flux2.denoise import empirical_shift
+from triton_diffusion.families.registry import describe_checkpoint
 from triton_diffusion.request import GenerationRequest
 from triton_diffusion.state import read_state
 
@@ -64,15 +65,7 @@ class Flux2Pair(Pair):
 
 
 def common(request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
-    return {
-        "prompt": request.prompt,
-        "image": images or None,
-        "height": request.height,
-        "width": request.width,
-        "num_inference_steps": request.num_inference_steps,
-        "num_images_per_prompt": request.num_outputs,
-        "max_sequence_length": request.max_sequence_length,
-    }
+    return common_arguments(request) | {"image": images or None}
 
 
 def load_flux2(folder: Path, dtype: torch.dtype) -> Flux2Pipeline:
@@ -97,8 +90,7 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Flux2Pair:
     return Flux2Pair(folder, SimpleNamespace(from_pretrained=load_flux2), arguments)
 
 
-@pytest.fixture(scope="module")
-def klein(tmp_path_factory: pytest.TempPathFactory) -> Flux2Pair:
+def make_klein_pair(folder: Path, *, is_distilled: bool = False) -> Flux2Pair:
     def arguments(request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
         # The pipeline takes no negative prompt but an empty one, and its embeddings.
         negative, _ = pair.pipeline.encode_prompt(
@@ -109,8 +101,20 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> Flux2Pair:
         given = {"negative_prompt_embeds": negative} if request.negative_prompt else {}
         return common(request, images) | given | {"guidance_scale": request.guidance_scale}
 
-    pair = Flux2Pair(build_klein_checkpoint(tmp_path_factory.mktemp("klein")), Flux2KleinPipeline, arguments)
+    folder = build_klein_checkpoint(folder, is_distilled=is_distilled)
+    pair = Flux2Pair(folder, Flux2KleinPipeline, arguments)
     return pair
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Flux2Pair:
+    return make_klein_pair(tmp_path_factory.mktemp("klein"))
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Flux2Pair:
+    """Klein in few steps, without guidance."""
+    return make_klein_pair(tmp_path_factory.mktemp("distilled"), is_distilled=True)
 
 
 def draw_picture(height: int, width: int, seed: int = 0) -> Picture:
@@ -151,6 +155,16 @@ def test_guidance_is_kleins_guidance_scale(klein: Flux2Pair, negative_prompt: st
     guided = klein.check_latents(request)
     assert differs(guided, klein.stages.latents(replace(request, guidance_scale=3.0)))
     assert differs(guided, klein.stages.latents(replace(request, negative_prompt="two black cats")))
+
+
+def test_a_distilled_klein_has_no_guidance_whatever_its_scale(distilled: Flux2Pair) -> None:
+    family, request = distilled.stages.family, make_request(guidance_scale=4.0)
+    drawn = distilled.check_latents(request)
+    assert torch.equal(drawn, distilled.stages.latents(replace(request, guidance_scale=1.0)))
+    assert not any(name.startswith("negative.") for name in load(distilled.stages.encode("r", request)))
+    assert not family.uses_guidance(request, distilled.stages.checkpoint)
+    described = describe_checkpoint(distilled.stages.checkpoint, ChainConfig(), takes_images=True)
+    assert "guidance_scale" not in described["parameters"]
 
 
 def test_outputs_and_pixels_equal_the_pipelines(dev: Flux2Pair, klein: Flux2Pair) -> None:
@@ -242,17 +256,13 @@ def test_a_prompt_that_is_cut_leaves_a_warning(dev: Flux2Pair, klein: Flux2Pair)
         assert not read_state(pair.stages.encode("fits", make_request(prompt="x"))).warnings
 
 
-def test_defaults_are_those_of_pipeline_and_checkpoint(
-    dev: Flux2Pair, klein: Flux2Pair, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_defaults_are_those_of_pipeline_and_checkpoint(dev: Flux2Pair, klein: Flux2Pair, distilled: Flux2Pair) -> None:
     defaults = dev.stages.family.defaults(dev.stages.checkpoint)
     assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.embedded_guidance_scale) == (50, 1.0, 4.0)
     assert (defaults.height, defaults.size_multiple, defaults.max_images) == (32, PIXELS_PER_TOKEN, 10)
     defaults = klein.stages.family.defaults(klein.stages.checkpoint)
     assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.embedded_guidance_scale) == (50, 4.0, None)
-    distilled = klein.stages.checkpoint.path.parent / "distilled"
-    build_klein_checkpoint(distilled, is_distilled=True)
-    defaults = klein.stages.family.defaults(type(klein.stages.checkpoint)(distilled))
+    defaults = distilled.stages.family.defaults(distilled.stages.checkpoint)
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (4, 1.0)
 
 
@@ -280,5 +290,5 @@ def test_degrees_that_do_not_divide_are_refused(dev: Flux2Pair, klein: Flux2Pair
         dev.stages.family.check_parallel("denoising", dev.stages.checkpoint, ParallelConfig(tp=3))
     with pytest.raises(ConfigurationError, match="tp_size=3 does not divide num_attention_heads=2"):
         klein.stages.family.check_parallel("text_encoding", klein.stages.checkpoint, ParallelConfig(tp=3))
-    with pytest.raises(ConfigurationError, match="no tensor or sequence parallelism"):
-        dev.stages.family.check_parallel("text_encoding", dev.stages.checkpoint, ParallelConfig(tp=2))
+    with pytest.raises(ConfigurationError, match="tp_size=3 does not divide num_attention_heads=4"):
+        dev.stages.family.check_parallel("text_encoding", dev.stages.checkpoint, ParallelConfig(tp=3))

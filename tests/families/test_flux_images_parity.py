@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from checkpoints.flux import PIXELS_PER_TOKEN, build_flux_checkpoint
-from checkpoints.parity import Pair, assert_close, differs
+from checkpoints.parity import Pair, assert_close, differs, distilled_arguments
 from checkpoints.requests import make_request
 from checkpoints.stages import Picture
 from triton_diffusion.families.flux import kontext as sizes
@@ -26,29 +26,18 @@ SMALL_SIZES = ((56, 24), (42, 34), (36, 36), (34, 42), (24, 56))
 """(height, width) that stand for the real ones, which are large for a test; some are no multiple of a token."""
 
 
-def common(request: GenerationRequest) -> dict[str, Any]:
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt if request.uses_guidance else None,
-        "true_cfg_scale": request.guidance_scale,
-        "guidance_scale": request.embedded_guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "num_inference_steps": request.num_inference_steps,
-        "num_images_per_prompt": request.num_outputs,
-        "max_sequence_length": request.max_sequence_length,
-    }
-
-
 def changing(request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
     """One picture an output: of a single one, the pipeline samples latents for the first output alone."""
     changed = {"image": images * request.num_outputs, "strength": request.strength} if images else {}
-    return common(request) | changed
+    return distilled_arguments(request) | changed
 
 
 def beside(request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
     """The pipeline draws a picture of max_area, whatever size is asked for."""
-    return common(request) | {"image": images[0] if images else None, "max_area": request.height * request.width}
+    return distilled_arguments(request) | {
+        "image": images[0] if images else None,
+        "max_area": request.height * request.width,
+    }
 
 
 class FluxPair(Pair):

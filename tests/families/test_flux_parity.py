@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load
 
-from checkpoints.parity import Pair, assert_close, differs
+from checkpoints.parity import Pair, assert_close, differs, distilled_arguments
 from checkpoints.requests import make_blob, make_request
 from checkpoints.stages import InProcessStages
 from triton_diffusion.request import GenerationRequest
@@ -22,17 +22,7 @@ LONG_PROMPT = "the small green square stands left of a large yellow triangle, " 
 
 
 def flux_arguments(request: GenerationRequest, _: list[Image.Image]) -> dict[str, Any]:
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt if request.uses_guidance else None,
-        "true_cfg_scale": request.guidance_scale,
-        "guidance_scale": request.embedded_guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "num_inference_steps": request.num_inference_steps,
-        "num_images_per_prompt": request.num_outputs,
-        "max_sequence_length": request.max_sequence_length,
-    }
+    return distilled_arguments(request)
 
 
 def flux_pair(folder: Path) -> Pair:

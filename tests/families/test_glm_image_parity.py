@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from checkpoints.glm_image import CODEBOOK_SIZE, IMAGE_END, IMAGE_START, build_glm_image_checkpoint
-from checkpoints.parity import Pair, assert_close, differs
+from checkpoints.parity import Pair, assert_close, common_arguments, differs
 from checkpoints.requests import make_blob, make_request
 from checkpoints.stages import Picture, alone
 from triton_diffusion.errors import ConfigurationError, InvalidRequestError, StageError
@@ -42,23 +42,15 @@ class GlmImagePair(Pair):
 
     def _arguments_of(self, request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
         negative = {}
-        if request.negative_prompt and request.uses_guidance:
+        if request.negative_prompt and request.guidance_scale > 1:
             # The pipeline takes no negative prompt, but its embeddings.
             length = request.max_sequence_length
             with torch.inference_mode():
                 negative = {
                     "negative_prompt_embeds": self.pipeline._get_glyph_embeds([request.negative_prompt], length)
                 }
-        return negative | {
-            "prompt": request.prompt,
-            "image": images or None,
-            "height": request.height,
-            "width": request.width,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "num_images_per_prompt": request.num_outputs,
-            "max_sequence_length": request.max_sequence_length,
-        }
+        given = {"image": images or None, "guidance_scale": request.guidance_scale}
+        return negative | common_arguments(request) | given
 
     def _remembering(self, generate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def remembered(**inputs: Any) -> torch.Tensor:
@@ -146,6 +138,8 @@ def test_all_outputs_have_the_prior_of_the_first_as_in_the_pipeline(glm: GlmImag
     latents = glm.check_latents(request)
     assert differs(latents[0], latents[1])
     assert_close(latents[:1], glm.stages.latents(replace(request, num_outputs=1)))
+    (warning,) = read_state(glm.stages.encode("r", request)).warnings
+    assert "all 2 outputs have the prior of the first" in warning
 
 
 # Words to be written.
@@ -256,15 +250,33 @@ def test_requests_with_pictures_of_equal_sizes_share_a_batch(glm: GlmImagePair) 
     glm.check_batch(requests, {"plain": 0, "guided": 1, "other": 2}, images)
 
 
-def test_a_condition_picture_is_seen_once_and_remembered(glm: GlmImagePair) -> None:
+@pytest.fixture
+def forward_passes(glm: GlmImagePair) -> Iterator[list[str]]:
+    """What the transformer was called for since the test began: "picture" or "step"."""
     components = glm.stages.executors["denoising"]._plan.on_tick._components  # type: ignore[attr-defined]
-    calls: list[int] = []
-    handle = components["transformer"].register_forward_hook(lambda *_: calls.append(1))
-    try:
-        glm.stages.latents(edit(2, num_inference_steps=3), images=[picture(1), picture(2)])
-    finally:
-        handle.remove()
-    assert len(calls) == 2 + 3 * 2, "each picture, and each step with and without them"
+    calls: list[str] = []
+
+    def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        calls.append("step" if inputs["encoder_hidden_states"].shape[1] else "picture")
+
+    handle = components["transformer"].register_forward_pre_hook(note, with_kwargs=True)
+    yield calls
+    handle.remove()
+
+
+def test_a_condition_picture_is_seen_once_by_all_outputs(glm: GlmImagePair, forward_passes: list[str]) -> None:
+    glm.stages.latents(edit(2, num_inference_steps=3, num_outputs=2), images=[picture(1), picture(2)])
+    assert forward_passes.count("picture") == 2
+    assert forward_passes.count("step") == 3 * 2, "with pictures and without them"
+
+
+def test_condition_pictures_are_remembered_when_others_come_and_go(
+    glm: GlmImagePair, forward_passes: list[str]
+) -> None:
+    requests = {"stays": edit(num_inference_steps=4), "comes": edit(num_inference_steps=2, seed=8)}
+    images = {"stays": [picture(1)], "comes": [picture(2)]}
+    glm.check_batch(requests, {"stays": 0, "comes": 1}, images)
+    assert forward_passes.count("picture") == 2
 
 
 def test_only_pictures_of_equal_sizes_may_share_a_batch(glm: GlmImagePair) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from checkpoints import requests
 from checkpoints.hunyuan_video import build_hunyuan_video_checkpoint
-from checkpoints.parity import Pair, differs
+from checkpoints.parity import Pair, differs, distilled_arguments
 from checkpoints.stages import InProcessStages
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.errors import ConfigurationError
@@ -36,18 +36,7 @@ def make_request(**values: Any) -> GenerationRequest:
 
 
 def arguments(request: GenerationRequest, _: list[Image.Image]) -> dict[str, Any]:
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt if request.uses_guidance else None,
-        "true_cfg_scale": request.guidance_scale,
-        "guidance_scale": request.embedded_guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "num_frames": request.num_frames,
-        "num_inference_steps": request.num_inference_steps,
-        "num_videos_per_prompt": request.num_outputs,
-        "max_sequence_length": request.max_sequence_length,
-    }
+    return distilled_arguments(request, videos=True)
 
 
 def make_pair(folder: Path) -> Pair:

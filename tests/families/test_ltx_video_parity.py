@@ -18,7 +18,7 @@ from safetensors.torch import load
 
 from checkpoints import requests
 from checkpoints.ltx_video import build_ltx_video_checkpoint
-from checkpoints.parity import Pair, assert_close, differs
+from checkpoints.parity import Pair, assert_close, differs, guided_arguments
 from checkpoints.stages import InProcessStages, Picture
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.errors import ConfigurationError, InvalidRequestError
@@ -40,18 +40,7 @@ def make_request(**values: Any) -> GenerationRequest:
 
 
 def arguments(request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "guidance_scale": request.guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "num_frames": request.num_frames,
-        "frame_rate": request.fps,
-        "num_inference_steps": request.num_inference_steps,
-        "num_videos_per_prompt": request.num_outputs,
-        "max_sequence_length": request.max_sequence_length,
-    }
+    given = guided_arguments(request, videos=True) | {"frame_rate": request.fps}
     # With a generator for each output, the pipeline wants a picture for each as well.
     return given | ({"image": images * request.num_outputs} if images else {})
 

@@ -17,7 +17,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from PIL import Image
 from safetensors.torch import load
 
-from checkpoints.parity import Pair, assert_close, differs
+from checkpoints.parity import Pair, assert_close, common_arguments, differs
 from checkpoints.qwen_image import EditPipelines, build_qwen_image_checkpoint
 from checkpoints.requests import make_blob, make_request
 from checkpoints.stages import InProcessStages, Picture
@@ -35,16 +35,8 @@ FITTED_SIZE, CALCULATE_DIMENSIONS = family.fitted_size, pipeline_qwenimage_edit_
 
 
 def arguments(request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt if request.uses_guidance else None,
-        "true_cfg_scale": request.guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "num_inference_steps": request.num_inference_steps,
-        "num_images_per_prompt": request.num_outputs,
-        "max_sequence_length": request.max_sequence_length,
-    }
+    guidance = {"negative_prompt": request.negative_prompt, "true_cfg_scale": request.guidance_scale}
+    given = common_arguments(request) | guidance
     return given | ({"image": images if len(images) > 1 else images[0]} if images else {})
 
 

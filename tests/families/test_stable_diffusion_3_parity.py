@@ -16,7 +16,7 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load
 
-from checkpoints.parity import Pair, assert_close, differs
+from checkpoints.parity import Pair, assert_close, differs, guided_arguments
 from checkpoints.requests import make_request
 from checkpoints.stable_diffusion_3 import LARGEST_SIDE, build_stable_diffusion_3_checkpoint
 from checkpoints.stages import Picture
@@ -34,16 +34,7 @@ PROMPTS = ("x", "ein blauer Würfel 蓝色", "the small green square stands left
 def arguments(request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
     # One picture an output: of a single one, the pipeline samples latents for the first output alone.
     changed = {"image": images * request.num_outputs, "strength": request.strength} if images else {}
-    return changed | {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "guidance_scale": request.guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "num_inference_steps": request.num_inference_steps,
-        "num_images_per_prompt": request.num_outputs,
-        "max_sequence_length": request.max_sequence_length,
-    }
+    return changed | guided_arguments(request)
 
 
 class SD3Pair(Pair):

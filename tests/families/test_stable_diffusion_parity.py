@@ -14,22 +14,21 @@ from safetensors.torch import load
 
 from checkpoints.parity import Pair, assert_close, differs
 from checkpoints.stable_diffusion import (
+    LONG_PROMPT,
     NOISE,
+    PICTURE,
     build_stable_diffusion_checkpoint,
     edit_json,
     make_short_request,
     stable_diffusion_pair,
     with_noise_scheduler,
 )
-from checkpoints.stages import Picture
 from checkpoints.text import CLIP_TOKENS
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.errors import ConfigurationError, InvalidRequestError
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.state import read_state
-
-LONG_PROMPT = "the small green square stands left of a large yellow triangle, " * 4
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +45,6 @@ def one(checkpoint: Path) -> Pair:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = build_stable_diffusion_checkpoint(tmp_path_factory.mktemp("stable-diffusion") / "2", is_2=True)
     return stable_diffusion_pair(folder)
-
-
-@pytest.fixture(scope="module")
-def picture() -> Picture:
-    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
 # Latents and pictures.
@@ -124,20 +118,18 @@ def test_guided_latents_equal_the_pipelines(one: Pair, negative_prompt: str) -> 
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
-def test_a_changed_picture_equals_the_img2img_pipelines(one: Pair, picture: Picture, strength: float) -> None:
+def test_a_changed_picture_equals_the_img2img_pipelines(one: Pair, strength: float) -> None:
     request = make_short_request(num_inference_steps=5, strength=strength, num_images=1)
-    drawn = one.check_latents(request, [picture])
-    assert differs(drawn, one.stages.latents(replace(request, strength=0.8), images=[picture]))
-    assert differs(drawn, one.stages.latents(request, images=[255 - picture]))
+    drawn = one.check_latents(request, [PICTURE])
+    assert differs(drawn, one.stages.latents(replace(request, strength=0.8), images=[PICTURE]))
+    assert differs(drawn, one.stages.latents(request, images=[255 - PICTURE]))
 
 
-def test_changed_pictures_are_guided_and_seeded_and_decoded_as_in_the_img2img_pipeline(
-    two: Pair, picture: Picture
-) -> None:
+def test_changed_pictures_are_guided_and_seeded_and_decoded_as_in_the_img2img_pipeline(two: Pair) -> None:
     request = make_short_request(
         num_inference_steps=3, strength=0.7, num_images=1, num_outputs=2, guidance_scale=3.0, negative_prompt="dark"
     )
-    pictures = two.check_pictures(request, [picture])
+    pictures = two.check_pictures(request, [PICTURE])
     assert differs(pictures[0].float(), pictures[1].float())
 
 
@@ -166,7 +158,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_noise_scheduler_draws_as_in_the_pipelines(
-    checkpoint: Path, one: Pair, picture: Picture, tmp_path: Path, name: str
+    checkpoint: Path, one: Pair, tmp_path: Path, name: str
 ) -> None:
     """Two outputs of a picture that is changed and one that is new share the batch, at steps of their own."""
     class_name, config = SCHEDULERS[name]
@@ -175,7 +167,7 @@ def test_every_noise_scheduler_draws_as_in_the_pipelines(
     steps = 4 if name.startswith("PNDM") else 3
     new = make_short_request(num_inference_steps=steps, guidance_scale=2.0)
     changed = make_short_request(num_inference_steps=steps, strength=0.7, num_images=1, num_outputs=2, seed=3)
-    pair.check_batch({"new": new, "changed": changed}, {"new": 0, "changed": 1}, {"changed": [picture]})
+    pair.check_batch({"new": new, "changed": changed}, {"new": 0, "changed": 1}, {"changed": [PICTURE]})
     assert differs(pair.stages.latents(new), one.stages.latents(new)), "another noise scheduler, another picture"
 
 
@@ -189,14 +181,14 @@ def test_too_few_steps_for_runge_and_kutta_are_the_callers_mistake(checkpoint: P
 # Batches.
 
 
-def test_rows_at_different_steps_are_drawn_as_they_are_alone(one: Pair, picture: Picture) -> None:
+def test_rows_at_different_steps_are_drawn_as_they_are_alone(one: Pair) -> None:
     requests = {
         "first": make_short_request(num_inference_steps=4, seed=1),
         "guided": make_short_request(num_inference_steps=2, seed=2, guidance_scale=4.0, negative_prompt="dark"),
         "changed": make_short_request(num_inference_steps=3, strength=0.7, num_images=1, num_outputs=2),
         "long": make_short_request(num_inference_steps=3, prompt=LONG_PROMPT, guidance_scale=1.5),
     }
-    one.check_batch(requests, {"first": 0, "guided": 1, "changed": 1, "long": 2}, {"changed": [picture]})
+    one.check_batch(requests, {"first": 0, "guided": 1, "changed": 1, "long": 2}, {"changed": [PICTURE]})
 
 
 def test_a_preview_is_near_the_picture(two: Pair) -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load
@@ -14,20 +13,20 @@ from safetensors.torch import load
 from checkpoints.parity import Pair, differs
 from checkpoints.requests import make_blob
 from checkpoints.stable_diffusion import (
+    LONG_PROMPT,
     NOISE,
+    PICTURE,
     build_stable_diffusion_xl_checkpoint,
     make_short_request,
     stable_diffusion_xl_pair,
     with_noise_scheduler,
 )
-from checkpoints.stages import InProcessStages, Picture, alone
+from checkpoints.stages import InProcessStages, alone
 from checkpoints.text import CLIP_TOKENS
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.errors import ConfigurationError, InvalidRequestError
 from triton_diffusion.runtime.stage_loading import load_stage
 from triton_diffusion.state import read_state
-
-LONG_PROMPT = "the small green square stands left of a large yellow triangle, " * 4
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +48,6 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return stable_diffusion_xl_pair(
         with_noise_scheduler(plain, diffusers.EDMDPMSolverMultistepScheduler(), folder / "playground")
     )
-
-
-@pytest.fixture(scope="module")
-def picture() -> Picture:
-    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
 # Latents and pictures.
@@ -134,40 +128,36 @@ def test_zeros_and_a_blank_negative_prompt_are_told_apart_in_a_batch(xl: Pair) -
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_a_changed_picture_equals_the_img2img_pipelines(xl: Pair, picture: Picture, strength: float) -> None:
+def test_a_changed_picture_equals_the_img2img_pipelines(xl: Pair, strength: float) -> None:
     request = make_short_request(num_inference_steps=4, strength=strength, num_images=1, guidance_scale=2.0)
-    drawn = xl.check_latents(request, [picture])
-    assert differs(drawn, xl.stages.latents(replace(request, strength=0.7), images=[picture]))
-    assert differs(drawn, xl.stages.latents(request, images=[255 - picture]))
+    drawn = xl.check_latents(request, [PICTURE])
+    assert differs(drawn, xl.stages.latents(replace(request, strength=0.7), images=[PICTURE]))
+    assert differs(drawn, xl.stages.latents(request, images=[255 - PICTURE]))
 
 
-def test_latents_with_a_mean_a_channel_are_changed_and_decoded_as_in_the_pipelines(
-    playground: Pair, picture: Picture
-) -> None:
+def test_latents_with_a_mean_a_channel_are_changed_and_decoded_as_in_the_pipelines(playground: Pair) -> None:
     playground.check_pictures(make_short_request(guidance_scale=2.0))
     request = make_short_request(num_inference_steps=3, strength=0.7, num_images=1, num_outputs=2)
-    playground.check_latents(request, [picture])
-    playground.check_pictures(request, [picture])
+    playground.check_latents(request, [PICTURE])
+    playground.check_pictures(request, [PICTURE])
 
 
-def test_an_autoencoder_that_overflows_in_float16_works_in_float32(
-    checkpoint: Path, xl: Pair, picture: Picture
-) -> None:
+def test_an_autoencoder_that_overflows_in_float16_works_in_float32(checkpoint: Path, xl: Pair) -> None:
     request = make_short_request(num_inference_steps=3, strength=0.4, num_images=1)
     stages = InProcessStages(checkpoint, torch.bfloat16)
-    blob = load(stages.encode("r", request, [picture]))
+    blob = load(stages.encode("r", request, [PICTURE]))
     assert blob["initial_moments"].dtype == torch.float32
     assert blob["prompt_embeds"].dtype == torch.bfloat16
-    latents = stages.latents(request, images=[picture])
+    latents = stages.latents(request, images=[PICTURE])
     assert latents.dtype == torch.bfloat16
-    exact = xl.stages.latents(request, images=[picture])
+    exact = xl.stages.latents(request, images=[PICTURE])
     assert (latents - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
 # Batches and noise schedulers.
 
 
-def test_rows_at_different_steps_are_drawn_as_they_are_alone(xl: Pair, picture: Picture) -> None:
+def test_rows_at_different_steps_are_drawn_as_they_are_alone(xl: Pair) -> None:
     requests = {
         "first": make_short_request(num_inference_steps=4, seed=1),
         "guided": make_short_request(num_inference_steps=2, seed=2, guidance_scale=4.0, negative_prompt="dark"),
@@ -176,7 +166,7 @@ def test_rows_at_different_steps_are_drawn_as_they_are_alone(xl: Pair, picture: 
         "long": make_short_request(num_inference_steps=3, prompt=LONG_PROMPT),
     }
     joins = {"first": 0, "guided": 1, "zeros": 1, "changed": 1, "long": 2}
-    xl.check_batch(requests, joins, {"changed": [picture]})
+    xl.check_batch(requests, joins, {"changed": [PICTURE]})
 
 
 @pytest.mark.parametrize(

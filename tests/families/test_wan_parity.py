@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from checkpoints import requests
-from checkpoints.parity import Pair, assert_close, differs
+from checkpoints.parity import Pair, assert_close, differs, guided_arguments
 from checkpoints.stages import InProcessStages, Picture
 from checkpoints.wan import FLOW_SHIFT, Kind, build_wan_checkpoint
 from triton_diffusion.config import ParallelConfig
@@ -66,18 +66,9 @@ class WanPair(Pair):
             scheduler = self.pipeline.scheduler
             name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
             self.pipeline.scheduler = scheduler.from_config(scheduler.config, **{name: request.flow_shift})
-        return {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt if request.uses_guidance else None,
-            "guidance_scale": request.guidance_scale,
-            "height": request.height,
-            "width": request.width,
-            "num_frames": request.num_frames,
-            "num_inference_steps": request.num_inference_steps,
-            "num_videos_per_prompt": request.num_outputs,
-            "max_sequence_length": request.max_sequence_length,
-            **dict(zip(("image", "last_image"), images, strict=False)),
-        }
+        given = {"guidance_scale_2": request.guidance_scale_2}
+        given |= dict(zip(("image", "last_image"), images, strict=False))
+        return guided_arguments(request, videos=True) | given
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -290,6 +281,16 @@ def test_each_step_is_made_by_the_expert_of_its_noise(pairs: Pairs) -> None:
     assert all((name == "transformer") == (timesteps[0] >= 800) for name, timesteps in calls)
 
 
+@pytest.mark.parametrize(("kind", "scale", "scale_2"), [("experts", 3.0, 6.0), ("experts_i2v", 4.0, 1.0)])
+def test_each_expert_has_its_guidance_scale(pairs: Pairs, kind: Kind, scale: float, scale_2: float) -> None:
+    pair, pictures = pairs(kind), make_pictures(NUM_IMAGES[kind])
+    request = make_request(kind, num_inference_steps=4, guidance_scale=scale, guidance_scale_2=scale_2)
+    drawn = pair.check_latents(request, pictures)
+    for other in (None, scale):
+        assert differs(drawn, pair.stages.latents(replace(request, guidance_scale_2=other), images=pictures))
+    assert FAMILY.defaults(pair.stages.checkpoint).has_guidance_scale_2
+
+
 # Batches of rows at different steps.
 
 
@@ -304,6 +305,8 @@ def test_rows_at_different_steps_are_drawn_as_they_are_alone(pairs: Pairs, kind:
         ),
         "late": make_request(kind, num_inference_steps=2, seed=3, prompt=LONG_PROMPT, guidance_scale=6.0, **given),
     }
+    if "experts" in kind:
+        requests_["late"] = replace(requests_["late"], guidance_scale_2=2.0)
     pictures = {name: make_pictures(num_images, seed=seed) for seed, name in enumerate(requests_)}
     joins = {"long": 0, "plain": 1, "late": 2}
     pairs(kind, from_image=num_images > 0).check_batch(requests_, joins, pictures)
@@ -362,8 +365,8 @@ def test_degrees_that_do_not_divide_are_refused_with_those_that_do(folders: Call
     checkpoint = open_checkpoint(str(folders("t2v")))
     with pytest.raises(ConfigurationError, match=r"tp_size=3 does not divide num_attention_heads=4 and ffn_dim=64; "):
         FAMILY.check_parallel("denoising", checkpoint, ParallelConfig(tp=3))
-    with pytest.raises(ConfigurationError, match="cannot share the decoding"):
-        FAMILY.check_tiles(2, "auto")
+    with pytest.raises(ConfigurationError, match="2 ranks cannot share the tiles of a picture with vae_tiling=off"):
+        FAMILY.check_tiles(2, "off")
 
 
 def changed(folder: Path, target: Path, file: str, **values: Any) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,10 +107,19 @@ def _flash_attn(inputs: AttentionInputs, *, with_lse: bool) -> Attended:
     version = flash_attn_version(inputs.query.device)
     assert version is not None
     flash_attn = _function(_FLASH_ATTN_MODULES[version], "flash_attn_func")
-    # Version 4 gives the log-sum-exp unasked.
-    ask = {} if version == 4 else {"return_attn_probs": True}
-    out, lse = flash_attn(inputs.query, inputs.key, inputs.value, softmax_scale=inputs.scale, **ask)[:2]
-    return out, lse.transpose(1, 2).float() if with_lse else None
+    ask = _lse_arguments(flash_attn) if with_lse else {}
+    result = flash_attn(inputs.query, inputs.key, inputs.value, softmax_scale=inputs.scale, **ask)
+    return _attended(result, with_lse=with_lse, library="flash-attn")
+
+
+@functools.cache
+def _lse_arguments(flash_attn: Any) -> dict[str, bool]:
+    """What asks for the log-sum-exp: version 2 and 3 have return_attn_probs and version 4 return_lse, while those of
+    version 3 until August 2025 give it unasked (Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py,
+    hopper/flash_attn_interface.py, flash_attn/cute/interface.py).
+    """
+    known = inspect.signature(flash_attn).parameters
+    return {name: True for name in ("return_attn_probs", "return_lse") if name in known}
 
 
 def flash_attn_version(device: torch.device) -> int | None:
@@ -128,7 +138,23 @@ def _sage_attn(inputs: AttentionInputs, *, with_lse: bool) -> Attended:
     result = sage(
         inputs.query, inputs.key, inputs.value, tensor_layout="NHD", sm_scale=inputs.scale, return_lse=with_lse
     )
-    return (result[0], result[1].transpose(1, 2).float()) if with_lse else (result, None)
+    # Version 1 takes any argument and gives no log-sum-exp.
+    return _attended(result, with_lse=with_lse, library="sageattention")
+
+
+def _attended(result: Any, *, with_lse: bool, library: str) -> Attended:
+    """Of what FlashAttention and SageAttention return: an output (B, Sq, H, D), or a tuple of that, a log-sum-exp
+    (B, H, Sq) to the natural base, or None, and perhaps more.
+    """
+    out, lse = result[:2] if isinstance(result, tuple) else (result, None)
+    if not with_lse:
+        return out, None
+    if lse is None:
+        raise RuntimeError(
+            f"this version of {library} gives no log-sum-exp, by which a ring merges parts; install a newer one, or "
+            "use ulysses_degree instead of ring_degree"
+        )
+    return out, lse.transpose(1, 2).float()
 
 
 def _flex(inputs: AttentionInputs, *, with_lse: bool) -> Attended:
@@ -178,6 +204,7 @@ BACKENDS = {
             packages=(
                 ("flash_attn", "flash-attn --no-build-isolation"),
                 ("flash_attn_interface", "flash-attn-3"),
+                ("flash_attn.cute", "flash-attn-4"),
             ),
         ),
         AttentionBackend(

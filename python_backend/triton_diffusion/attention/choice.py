@@ -9,6 +9,9 @@ import torch
 from triton_diffusion.attention.backends import BACKENDS, AttentionBackend, flash_attn_version
 from triton_diffusion.errors import ConfigurationError, nearest_name_hint
 
+# thu-ml/SageAttention, sageattention/core.py: it raises for others, among them 10.0, Blackwell of data centers.
+_SAGE_GPUS = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
+
 ENVIRONMENT_VARIABLE = "TRITON_DIFFUSION_ATTENTION_BACKEND"
 
 
@@ -68,8 +71,14 @@ def _problem(backend: AttentionBackend, device: torch.device, dtype: torch.dtype
         return f"computes in bfloat16 and float16, and the model is in {str(dtype).removeprefix('torch.')}"
     if head_dim > backend.max_head_dim or (backend.needs_cuda and head_dim % 8):
         return f"takes heads of at most {backend.max_head_dim} in multiples of 8, and the model's have {head_dim}"
-    if backend.name == "flash_attn" and flash_attn_version(device) is None:
-        return "is installed in no version for this GPU"
+    if backend.name == "flash_attn":
+        version = flash_attn_version(device)
+        if version is None:
+            return "is installed in no version for this GPU"
+        if version == 4 and 128 < head_dim < 256:
+            return f"4 takes heads of at most 128, or of 256, and the model's have {head_dim}"
+    if backend.name == "sage_attn" and (capability := torch.cuda.get_device_capability(device)) not in _SAGE_GPUS:
+        return f"has no kernel for GPUs of compute capability {capability[0]}.{capability[1]}"
     if backend.name == "cudnn" and not torch.backends.cudnn.is_available():
         return "is not part of this torch"
     return None

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import Store
 
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.distributed.mesh import Mesh, make_mesh
-from triton_diffusion.errors import DiffusionError, from_wire, to_wire
+from triton_diffusion.errors import DiffusionError, ResourceExhaustedError, from_wire, to_wire
 
 # Ranks wait in a broadcast while the server is idle. A peer that dies is noticed by its process handle, not by this.
 _IDLE_TIMEOUT = timedelta(days=365)
@@ -113,7 +113,10 @@ class RankGroup:
         for part in gathered:
             text = bytes(part.numpy()).rstrip(b"\0")
             for request_id, (name, message) in json.loads(text or b"{}").items():
-                merged.setdefault(request_id, from_wire(name, message))
+                error = from_wire(name, message)
+                # What ran out of memory is tried again with less: that counts, whatever it has caused on other ranks.
+                if request_id not in merged or isinstance(error, ResourceExhaustedError):
+                    merged[request_id] = error
         return merged
 
     def all_ok(self, ok: bool) -> bool:

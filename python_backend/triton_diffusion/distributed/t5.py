@@ -13,7 +13,8 @@ _ATTENTION, _FEED_FORWARD = "encoder.block.*.layer.0.SelfAttention", "encoder.bl
 def t5_tensor_plan(config: Mapping[str, Any]) -> TensorPlan:
     """The plan of a transformers T5EncoderModel with this config.json.
 
-    The first block has the position bias of all, with a column a head.
+    The first block has the position bias of all, with a column a head. Embeddings have two names, one in the files and
+    one that is called.
     """
     is_gated = str(config.get("feed_forward_proj", "relu")).startswith("gated-")
     styles: dict[str, Style] = dict.fromkeys((f"{_ATTENTION}.{name}" for name in "qkv"), "colwise")
@@ -22,4 +23,5 @@ def t5_tensor_plan(config: Mapping[str, Any]) -> TensorPlan:
     )
     styles |= {f"{_ATTENTION}.o": "rowwise", f"{_FEED_FORWARD}.wo": "rowwise"}
     styles["encoder.block.0.layer.0.SelfAttention.relative_attention_bias"] = "embedding_heads"
+    styles |= dict.fromkeys(("shared", "encoder.embed_tokens"), "embedding_gather")
     return styles

@@ -25,7 +25,15 @@ from triton_diffusion.distributed.sequence import find_modules
 from triton_diffusion.errors import ConfigurationError
 
 Style = (
-    Literal["colwise", "rowwise", "colwise_gather", "embedding_heads", "norm_over_heads", "part_of_heads"]
+    Literal[
+        "colwise",
+        "rowwise",
+        "colwise_gather",
+        "embedding_gather",
+        "embedding_heads",
+        "norm_over_heads",
+        "part_of_heads",
+    ]
     | PackedColwiseParallel
     | PackedRowwiseParallel
 )
@@ -34,10 +42,11 @@ Style = (
 colwise: its outputs; what follows works on a part of them. rowwise: its inputs; partial sums are added up over the
 ranks. The packed forms: the same for several projections in one matrix. colwise_gather: its outputs, which are put
 together at once: for layers with large weights and small outputs, such as the modulation of adaptive norms.
-embedding_heads: the columns of an embedding that has a column a head. norm_over_heads: an RMSNorm of queries or keys
-that takes all heads as one; each rank has the weights of its heads, and the mean square is that of all ranks.
-part_of_heads: a module without weights, of whose outputs (..., width of all heads) each rank needs the part of its
-heads: rotary embeddings that are applied before the heads are told apart.
+embedding_gather: the columns of an embedding, put together at once. embedding_heads: the columns of an embedding that
+has a column a head. norm_over_heads: an RMSNorm of queries or keys that takes all heads as one; each rank has the
+weights of its heads, and the mean square is that of all ranks. part_of_heads: a module without weights, of whose
+outputs (..., width of all heads) each rank needs the part of its heads: rotary embeddings that are applied before the
+heads are told apart.
 """
 
 
@@ -55,10 +64,15 @@ def shard_specs(model: torch.nn.Module, plan: TensorPlan, tp_size: int) -> dict[
     specs: dict[str, TPShardSpec] = {}
     names = {id(module): name for name, module in model.named_modules()}
     for path, style in plan.items():
-        if style in ("embedding_heads", "norm_over_heads"):
-            dim = 1 if style == "embedding_heads" else 0
+        if style in ("embedding_gather", "embedding_heads", "norm_over_heads"):
+            dim = 0 if style == "norm_over_heads" else 1
             for module in find_modules(model, path):
-                specs[f"{names[id(module)]}.weight"] = TPShardSpec(dim, [module.get_parameter("weight").shape[dim]])
+                size = module.get_parameter("weight").shape[dim]
+                if size % tp_size:
+                    raise ConfigurationError(
+                        f"tp_size={tp_size} does not divide {path} of {type(model).__name__}: {size}"
+                    )
+                specs[f"{names[id(module)]}.weight"] = TPShardSpec(dim, [size])
         elif style != "part_of_heads":
             linear[path] = "colwise" if style == "colwise_gather" else style
     try:
@@ -93,7 +107,7 @@ def add_communication(model: torch.nn.Module, plan: TensorPlan, axis: Axis) -> N
     """
     for path, style in plan.items():
         before, _, name = path.rpartition(".")
-        if style == "colwise" and name in _HEAD_COUNTS:
+        if name in _HEAD_COUNTS and (style == "colwise" or isinstance(style, PackedColwiseParallel)):
             for attention in find_modules(model, before):
                 for count in _HEAD_COUNTS[name]:
                     if hasattr(attention, count):
@@ -101,7 +115,7 @@ def add_communication(model: torch.nn.Module, plan: TensorPlan, axis: Axis) -> N
         for module in find_modules(model, path):
             if style == "rowwise" or isinstance(style, PackedRowwiseParallel):
                 module.register_forward_hook(_sum_hook(axis))
-            elif style == "colwise_gather":
+            elif style in ("colwise_gather", "embedding_gather"):
                 module.register_forward_hook(_gather_hook(axis))
             elif style == "part_of_heads":
                 module.register_forward_hook(_part_hook(axis))
@@ -109,9 +123,9 @@ def add_communication(model: torch.nn.Module, plan: TensorPlan, axis: Axis) -> N
                 module.forward = functools.partial(_norm_over_heads, module, axis)
 
 
-# By the name of the query's projection, in diffusers and in transformers' T5 and UMT5. inner_dim / heads is how
-# Qwen-Image's attention finds the size of a head.
-_HEAD_COUNTS = {"to_q": ("heads", "inner_dim"), "q": ("n_heads",)}
+# By the name of the query's projection, in diffusers, in transformers' T5 and UMT5, and in what Qwen2.5-VL sees
+# pictures by. inner_dim / heads is how Qwen-Image's attention finds the size of a head.
+_HEAD_COUNTS = {"to_q": ("heads", "inner_dim"), "q": ("n_heads",), "qkv": ("num_heads",)}
 
 
 def _norm_over_heads(norm: Any, axis: Axis, states: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 families/<name>/family.py       FAMILY: the description, readable without torch
 families/<name>/encode.py       encode_prompts(...), cache_key(...); encode_images(...) if it takes pictures
 families/<name>/prior.py        generate_prior(...), if the checkpoint has an autoregressive prior
-families/<name>/denoise.py      prepare_schedule(...), prepare_latents(...), shared_inputs(...), predict(...)
+families/<name>/denoise.py      prepare_schedule(...), prepare_latents(...), predict(...); shared_inputs(...) if any are
 families/<name>/decode.py       decode(...)
 families/<name>/parallelize.py  tensor_plans(...), sequence_plan(...)
 
@@ -64,8 +64,6 @@ class ModelFamily(ABC):
     """Whether the pictures of a request are a part of its prompts (vision-language encoders)."""
     makes_videos: ClassVar[bool] = False
     """Whether decode returns frames."""
-    tiles_are_independent: ClassVar[bool] = True
-    """Whether several ranks can decode tiles: not where one tile leaves the autoencoder's state to the next."""
 
     @abstractmethod
     def stage_components(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
@@ -81,7 +79,8 @@ class ModelFamily(ABC):
         Raises:
             ConfigurationError: the checkpoint cannot do without pictures.
         """
-        defaults = self.defaults(checkpoint)
+        threshold = self.guidance_threshold(checkpoint)
+        defaults = dataclasses.replace(self.defaults(checkpoint), guidance_threshold=threshold)
         if takes_images or not defaults.max_images:
             return defaults
         if defaults.min_images:
@@ -132,6 +131,20 @@ class ModelFamily(ABC):
         """Of latents (B, ...), those that a preview decodes: of a video (B, C, F, H, W) its first picture."""
         return latents[:, :, :1] if self.makes_videos and latents.ndim == 5 else latents
 
+    def guidance_threshold(self, checkpoint: Checkpoint) -> float:
+        """Above this guidance_scale there is a second, unconditional prediction; infinite where there never is."""
+        return 1.0
+
+    def uses_guidance(self, request: GenerationRequest, checkpoint: Checkpoint) -> bool:
+        """Whether every step of a request needs two predictions, which mix_guidance makes one of."""
+        return request.guidance_scale > self.guidance_threshold(checkpoint)
+
+    def guidance_scales(
+        self, request: GenerationRequest, timesteps: torch.Tensor, checkpoint: Checkpoint
+    ) -> list[float]:
+        """The scale of each step; timesteps: (num_steps,), those of its schedule."""
+        return [request.guidance_scale] * len(timesteps)
+
     def mix_guidance(self, conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
         """One prediction of two (1, ...): classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598)."""
         return unconditional + scale * (conditional - unconditional)
@@ -166,14 +179,22 @@ class ModelFamily(ABC):
                 raise ConfigurationError(f"{error}; or ring_degree, which needs no heads") from None
 
     def check_tiles(self, num_ranks: int, tiling: VaeTiling) -> None:
-        """Raise ConfigurationError if so many ranks cannot share the decoding of a picture."""
-        if num_ranks > 1 and (tiling == "off" or not self.tiles_are_independent):
-            why = (
-                "vae_tiling=off" if tiling == "off" else f"the autoencoder of {self.name} makes a tile of the last one"
-            )
+        """Raise ConfigurationError if so many ranks cannot share the tiles of a picture."""
+        if num_ranks > 1 and tiling == "off":
             raise ConfigurationError(
-                f"{num_ranks} ranks cannot share the decoding: {why}; use 1, and dp_size for more GPUs"
+                f"{num_ranks} ranks cannot share the tiles of a picture with vae_tiling=off; use vae_tiling=auto, or 1 "
+                "rank a replica and dp_size for more GPUs"
             )
+
+    def shared_inputs(
+        self, components: Components, request: GenerationRequest, inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Arguments of the transformer that are equal for all rows of a batch_key, such as position ids.
+
+        They come from shared_inputs(...), with the same parameters, in families/<name>/denoise.py, if that has one.
+        """
+        make = getattr(self.denoise, "shared_inputs", None)
+        return {} if make is None else make(components, request, inputs)
 
     @property
     def encode(self) -> EncodeModule:
@@ -350,11 +371,6 @@ class DenoiseModule(Protocol):
         generators: Sequence[torch.Generator],
     ) -> torch.Tensor:
         """Where the rows start (num_outputs, ...): noise, each row from its generator, which is on the CPU."""
-
-    def shared_inputs(
-        self, components: Components, request: GenerationRequest, inputs: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Arguments of the transformer that are equal for all rows of a batch_key, such as position ids."""
 
     def example_inputs(self, components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
         """What the encoding stages leave for a request without guidance and pictures, all zeros."""

@@ -75,7 +75,7 @@ def check_parallel(checkpoint: Checkpoint, configs: Mapping[str, StageConfig]) -
     family = find_family(checkpoint)
     for stage_model, config in configs.items():
         family.check_parallel(stage_model, checkpoint, config.parallel(stage_model))
-        if stage_model == "decoding":
+        if stage_model in ("decoding", "image_encoding"):
             family.check_tiles(config.ranks_per_replica, config.vae_tiling)
         if stage_model == "denoising" and not family.denoisers:
             check_backend(family.name, config.attention_backend)
@@ -101,6 +101,5 @@ def families_table() -> str:
     for family in FAMILIES:
         pipelines = ", ".join(f"`{name}`" for name in family.pipeline_classes)
         layouts = "tensor, Ulysses, ring, CFG" if family.denoisers else "CFG (a UNet has no other)"
-        tiles = "tiles" if family.tiles_are_independent else "nothing: each tile needs the last one"
-        rows.append(f"| `{family.name}` | {pipelines} | {', '.join(family.tasks)} | {layouts} | {tiles} |")
+        rows.append(f"| `{family.name}` | {pipelines} | {', '.join(family.tasks)} | {layouts} | tiles |")
     return "\n".join(rows)

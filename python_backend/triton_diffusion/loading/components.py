@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from accelerate import init_empty_weights
-from diffusers import ModelMixin
-from safetensors import safe_open
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from triton_diffusion.distributed.mesh import Axis
-from triton_diffusion.distributed.tensor_parallel import TensorPlan, add_communication, local_slice, shard_specs
+from triton_diffusion.distributed.tensor_parallel import TensorPlan
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.loading.checkpoint import Checkpoint
+from triton_diffusion.loading.slices import load_slices
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +61,15 @@ def load_components(
         started = time.monotonic()
         plan = (tensor_plans or {}).get(name)
         if plan is not None and tp is not None and tp.degree > 1:
-            loaded[name] = _load_slices(checkpoint, name, dtype, device, plan, tp)
+            checkpoint.require_safetensors(name)
+            loaded[name] = load_slices(
+                _find_class(checkpoint, name),
+                checkpoint.component_path(name),
+                dtype=dtype,
+                device=device,
+                plan=plan,
+                tp=tp,
+            )
         else:
             loaded[name] = _load_component(checkpoint, name, dtype, device)
         size_mib = _size_bytes(loaded[name]) / 2**20
@@ -101,64 +106,6 @@ def _is_byte_level(path: Path) -> bool:
     """
     file = path / "tokenizer.json"
     return file.is_file() and "ByteLevel" in json.dumps(json.loads(file.read_text()).get("pre_tokenizer"))
-
-
-def _load_slices(
-    checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device, plan: TensorPlan, tp: Axis
-) -> torch.nn.Module:
-    """Load the slices of this rank: the component is built without weights, then filled from the files."""
-    component_class: Any = _find_class(checkpoint, name)
-    path = checkpoint.component_path(name)
-    checkpoint.require_safetensors(name)
-    module: torch.nn.Module
-    with init_empty_weights(include_buffers=False):
-        if issubclass(component_class, ModelMixin):
-            module = component_class.from_config(component_class.load_config(path))
-        else:
-            module = component_class(component_class.config_class.from_pretrained(path))
-    specs = shard_specs(module, plan, tp.degree)
-    # As from_pretrained does: diffusers keeps these whole in every type, transformers in float16 alone.
-    keeps = issubclass(component_class, ModelMixin) or dtype == torch.float16
-    in_float32 = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if keeps else set()
-    unknown: list[str] = []
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118, it is no dict
-                part = tensors.get_slice(key)
-                part = local_slice(part, specs[key], tp) if key in specs else part[:]
-                if part.is_floating_point():
-                    part = part.to(torch.float32 if in_float32 & set(key.split(".")) else dtype)
-                # load_state_dict would refuse the slices for their shape.
-                unknown += _put(module, key, part.to(device))
-    # Weights that the published files have and no model uses.
-    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
-    if tie := getattr(module, "tie_weights", None):
-        tie()
-    left = sorted(key for key, tensor in module.named_parameters() if tensor.is_meta)
-    if left or unknown:
-        raise ConfigurationError(
-            f"the weights in {path} do not fit {component_class.__name__}: "
-            f"missing {left or 'none'}, not known {unknown or 'none'}; copy the whole checkpoint"
-        )
-    add_communication(module, plan, tp)
-    return module.to(device).eval().requires_grad_(False)
-
-
-def _put(module: torch.nn.Module, key: str, tensor: torch.Tensor) -> list[str]:
-    """Make a tensor the parameter or buffer `key`; returns the key if there is none of that name."""
-    path, _, name = key.rpartition(".")
-    try:
-        owner = module.get_submodule(path)
-    except AttributeError:
-        return [key]
-    if name in owner._parameters:
-        owner._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
-    elif name in owner._buffers:
-        owner._buffers[name] = tensor
-    else:
-        return [key]
-    return []
 
 
 def _find_class(checkpoint: Checkpoint, name: str) -> type[Any]:

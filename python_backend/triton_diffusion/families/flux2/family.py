@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.families.flux2.references import LARGEST_AREA, check_reference, cropped_size
+from triton_diffusion.families.language_models import language_model_counts
 from triton_diffusion.loading.checkpoint import Checkpoint
 from triton_diffusion.request import GenerationRequest, RequestDefaults
 
@@ -65,6 +67,11 @@ class Flux2Family(ModelFamily):
             max_images=MOST_IMAGES,
         )
 
+    def guidance_threshold(self, checkpoint: Checkpoint) -> float:
+        """Flux2KleinPipeline has no guidance, whatever its scale, for a checkpoint that says it is distilled."""
+        is_distilled = is_klein(checkpoint) and checkpoint.index.get("is_distilled")
+        return math.inf if is_distilled else super().guidance_threshold(checkpoint)
+
     def default_size(self, defaults: RequestDefaults, image_sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """That of the first picture; raises InvalidRequestError for one that the model does not take."""
         for height, width in image_sizes:
@@ -84,13 +91,10 @@ class Flux2Family(ModelFamily):
         return super().num_tokens(request, checkpoint) + beside
 
     def head_counts(self, stage_model: str, checkpoint: Checkpoint) -> Mapping[str, int]:
-        """Heads of the transformer; heads and feed-forward of Qwen3 (Mistral stays whole)."""
+        """Heads of the transformer; those of Qwen3 or Mistral, and their widths."""
         if stage_model == "denoising":
             return {"num_attention_heads": checkpoint.setting("transformer", "num_attention_heads")}
-        if not is_klein(checkpoint):
-            return {}
-        names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        return {name: checkpoint.setting("text_encoder", name) for name in names}
+        return language_model_counts(checkpoint, "text_encoder")
 
 
 FAMILY = Flux2Family()

@@ -1,4 +1,4 @@
-"""FLUX.2 over several ranks: by the plans that diffusers' Flux2Transformer2DModel brings along, and Qwen3's."""
+"""FLUX.2 over several ranks: by the plans of diffusers' Flux2Transformer2DModel, and that of its language model."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ from typing import Any
 
 from diffusers import Flux2Transformer2DModel
 
+from triton_diffusion.distributed.language_model import language_model_plan
 from triton_diffusion.distributed.sequence import SequencePlan, plan_from_diffusers
-from triton_diffusion.distributed.tensor_parallel import Style, TensorPlan
+from triton_diffusion.distributed.tensor_parallel import TensorPlan
 from triton_diffusion.families.flux2.family import is_klein
 from triton_diffusion.loading.checkpoint import Checkpoint
-
-_QWEN_COLWISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-_QWEN: dict[str, Style] = {
-    **dict.fromkeys((f"model.layers.*.{name}" for name in _QWEN_COLWISE), "colwise"),
-    **dict.fromkeys((f"model.layers.*.{name}" for name in ("self_attn.o_proj", "mlp.down_proj")), "rowwise"),
-}
 
 
 def tensor_plans(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
     """The plan of each component that tensor parallelism divides."""
-    plans: dict[str, TensorPlan] = {"transformer": Flux2Transformer2DModel._tp_plan}
-    if is_klein(checkpoint):
-        plans["text_encoder"] = _QWEN
-    return plans
+    language_model = "model" if is_klein(checkpoint) else "model.language_model"
+    return {
+        "transformer": Flux2Transformer2DModel._tp_plan,
+        "text_encoder": language_model_plan(language_model, head="lm_head"),
+    }
 
 
 def sequence_plan(transformer: Any) -> SequencePlan:

@@ -39,13 +39,6 @@ def prepare_latents(
     return draw_noise((channels, *size), generators, torch.float32).to(components.device)
 
 
-def shared_inputs(
-    components: Components, request: GenerationRequest, inputs: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """None: the transformer makes its position ids of the size of the latents."""
-    return {}
-
-
 def example_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
     """prompt_embeds (1, L, D), pooled_prompt_embeds (1, P), both zeros, and prompt_attention_mask (1, L), all True.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families.base import ModelFamily
+from triton_diffusion.families.language_models import language_model_counts
 from triton_diffusion.loading.checkpoint import Checkpoint
 from triton_diffusion.request import GenerationRequest, RequestDefaults
 
@@ -76,8 +77,7 @@ class HunyuanVideoFamily(ModelFamily):
         """Heads of the transformer; heads and feed-forward of LLaMA (CLIP is small and stays whole)."""
         if stage_model == "denoising":
             return {"num_attention_heads": checkpoint.setting("transformer", "num_attention_heads")}
-        names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        return {name: checkpoint.setting("text_encoder", name) for name in names}
+        return language_model_counts(checkpoint, "text_encoder")
 
 
 FAMILY = HunyuanVideoFamily()

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
 
+from triton_diffusion.distributed.language_model import language_model_plan
 from triton_diffusion.distributed.sequence import Gather, SequencePlan, Shard
 from triton_diffusion.distributed.tensor_parallel import Style, TensorPlan
 from triton_diffusion.loading.checkpoint import Checkpoint
@@ -24,9 +25,6 @@ _ROWWISE = (
 )
 # Modulation: large weights and, with one vector a row, small outputs.
 _GATHERED = (f"{_DOUBLE}.norm1.linear", f"{_DOUBLE}.norm1_context.linear", f"{_SINGLE}.norm.linear", "norm_out.linear")
-
-_LLAMA_COLWISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-_LLAMA_ROWWISE = ("self_attn.o_proj", "mlp.down_proj")
 
 _IMAGE, _TEXT = ("hidden_states",), ("encoder_hidden_states",)
 _MASK = {"attention_mask": Shard(-1, (*_IMAGE, *_TEXT))}
@@ -55,9 +53,7 @@ def tensor_plans(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
     transformer |= dict.fromkeys(_GATHERED, "colwise_gather")
     # Its input is the output of attention and, behind it, the hidden layer of the feed-forward.
     transformer[f"{_SINGLE}.proj_out"] = PackedRowwiseParallel(_single_block_widths(checkpoint))
-    llama: dict[str, Style] = dict.fromkeys((f"layers.*.{name}" for name in _LLAMA_COLWISE), "colwise")
-    llama |= dict.fromkeys((f"layers.*.{name}" for name in _LLAMA_ROWWISE), "rowwise")
-    return {"transformer": transformer, "text_encoder": llama}
+    return {"transformer": transformer, "text_encoder": language_model_plan()}
 
 
 def sequence_plan(transformer: Any) -> SequencePlan:

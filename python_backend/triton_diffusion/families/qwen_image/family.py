@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from triton_diffusion.errors import ConfigurationError, InvalidRequestError
 from triton_diffusion.families.base import ModelFamily
+from triton_diffusion.families.language_models import language_model_counts
 from triton_diffusion.loading.checkpoint import Checkpoint
 from triton_diffusion.request import GenerationRequest, RequestDefaults
 
@@ -138,10 +139,13 @@ class QwenImageFamily(ModelFamily):
         return rescaled
 
     def head_counts(self, stage_model: str, checkpoint: Checkpoint) -> Mapping[str, int]:
-        """Heads of the transformer; the text encoder stays whole."""
+        """Heads of the transformer; those of Qwen2.5-VL, and their widths, for words and for pictures."""
         if stage_model == "denoising":
             return {"num_attention_heads": checkpoint.setting("transformer", "num_attention_heads")}
-        return {}
+        vision = checkpoint.setting("text_encoder", "vision_config")
+        names = ("num_heads", "intermediate_size", "hidden_size")
+        seen = {f"vision_config.{name}": int(vision[name]) for name in names if name in vision}
+        return language_model_counts(checkpoint, "text_encoder") | seen
 
 
 FAMILY = QwenImageFamily()

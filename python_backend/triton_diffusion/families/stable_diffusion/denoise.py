@@ -47,13 +47,6 @@ def prepare_latents(
     return latents.to(components.device, dtype)
 
 
-def shared_inputs(
-    components: Components, request: GenerationRequest, inputs: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """None: a UNet knows positions by the shape of the latents."""
-    return {}
-
-
 def example_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
     """prompt_embeds (1, L, D), zeros."""
     width = components["unet"].config.cross_attention_dim

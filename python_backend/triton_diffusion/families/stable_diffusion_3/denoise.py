@@ -52,13 +52,6 @@ def prepare_latents(
     return draw_noise(shape, generators, components.dtype).to(components.device)
 
 
-def shared_inputs(
-    components: Components, request: GenerationRequest, inputs: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """None: the transformer knows positions by the shape of the latents."""
-    return {}
-
-
 def example_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
     """prompt_embeds (1, C + L, D) and pooled_prompt_embeds (1, P), zeros."""
     config = components["transformer"].config

@@ -10,7 +10,7 @@ import torch
 from triton_diffusion.families.base import Schedule
 from triton_diffusion.families.latents import draw_noise
 from triton_diffusion.families.schedules import new_noise_scheduler, start_schedule
-from triton_diffusion.families.wan.family import TEXT_LENGTH, latent_size, traits
+from triton_diffusion.families.wan.family import TEXT_LENGTH, has_high_noise, latent_size, traits
 from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest
 
@@ -38,13 +38,6 @@ def prepare_latents(
     if (first_frame := inputs.get("first_frame")) is not None:
         noise[:, :, :1] = first_frame.to(noise)
     return noise.to(components.device)
-
-
-def shared_inputs(
-    components: Components, request: GenerationRequest, inputs: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """None: the transformer makes its positions of the shape of the latents."""
-    return {}
 
 
 def example_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
@@ -79,11 +72,7 @@ def predict(
 
     Rows of high noise go to one transformer and those of low noise to the other, where there are two.
     """
-    boundary_ratio = components.checkpoint.index.get("boundary_ratio")
-    if boundary_ratio is None:
-        return _predict(components["transformer"], latents, timesteps, conditioning, components.dtype)
-    boundary = boundary_ratio * components["scheduler"].config.num_train_timesteps
-    is_high = (timesteps >= boundary).tolist()
+    is_high = has_high_noise(timesteps, components.checkpoint)
     prediction: torch.Tensor | None = None
     for name, wanted in (("transformer", True), ("transformer_2", False)):
         rows = [index for index, high in enumerate(is_high) if high == wanted]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.checkpoint import Checkpoint
 from triton_diffusion.request import GenerationRequest, RequestDefaults
+
+if TYPE_CHECKING:
+    import torch
 
 IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 # What the Wan models were trained at; transformers with a CLIP count on exactly so many text tokens.
@@ -58,6 +62,16 @@ def traits(checkpoint: Checkpoint) -> Traits:
     return Traits(has_experts, keeps_first_frame, has_clip, min_images=2 if needs_two else 1, max_images=most)
 
 
+def has_high_noise(timesteps: torch.Tensor, checkpoint: Checkpoint) -> list[bool]:
+    """Of timesteps (n,), which of them the first transformer makes; all, where there is no second one."""
+    boundary_ratio = checkpoint.index.get("boundary_ratio")
+    if boundary_ratio is None:
+        return [True] * len(timesteps)
+    schedule = checkpoint.config("scheduler", "scheduler_config.json")
+    is_high: list[bool] = (timesteps >= boundary_ratio * schedule.get("num_train_timesteps", 1000)).tolist()
+    return is_high
+
+
 def compression(checkpoint: Checkpoint) -> tuple[int, int]:
     """Frames a latent frame, and pixels along a side of a latent pixel; older autoencoders do not say it."""
     config = checkpoint.config("vae")
@@ -78,7 +92,6 @@ class WanFamily(ModelFamily):
     tasks = ("text-to-video", "image-to-video")
     denoisers = ("transformer", "transformer_2")
     makes_videos = True
-    tiles_are_independent = False
 
     def stage_components(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
         """UMT5; one transformer or two; what encodes pictures where the checkpoint takes any."""
@@ -119,7 +132,15 @@ class WanFamily(ModelFamily):
             flow_shift=None if shift is None else float(shift),
             min_images=has.min_images,
             max_images=has.max_images,
+            has_guidance_scale_2=has.has_experts,
         )
+
+    def guidance_scales(
+        self, request: GenerationRequest, timesteps: torch.Tensor, checkpoint: Checkpoint
+    ) -> list[float]:
+        """Each transformer has its own."""
+        high, low = request.guidance_scale, request.guidance_scale_2
+        return [high if low is None or is_high else low for is_high in has_high_noise(timesteps, checkpoint)]
 
     def num_image_tokens(self, request: GenerationRequest, checkpoint: Checkpoint) -> int:
         """Patches of latent frames, rows and columns."""

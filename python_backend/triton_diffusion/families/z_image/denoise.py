@@ -47,13 +47,6 @@ def prepare_latents(
     return draw_noise(shape, generators, torch.float32).to(components.device)
 
 
-def shared_inputs(
-    components: Components, request: GenerationRequest, inputs: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Nothing: the transformer works out the positions itself."""
-    return {}
-
-
 def example_inputs(components: Components, request: GenerationRequest) -> dict[str, torch.Tensor]:
     """prompt_embeds (1, L, D), zeros."""
     channels = components["transformer"].config.cap_feat_dim

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from triton_diffusion.families.base import ModelFamily
+from triton_diffusion.families.language_models import language_model_counts
 from triton_diffusion.loading.checkpoint import Checkpoint
 from triton_diffusion.request import GenerationRequest, RequestDefaults
 
@@ -47,7 +48,7 @@ class ZImageFamily(ModelFamily):
         is the scheduler's, the longest prompt has positions to the end.
 
         No file tells the distilled checkpoint (Turbo) from the other: it wants num_inference_steps=9 and
-        guidance_scale=1, that is 0 in the pipeline, of each request.
+        guidance_scale=0 of each request.
         """
         schedule = checkpoint.config("scheduler", "scheduler_config.json")
         # Text has the positions 1 to its length, and the image the one behind them.
@@ -73,17 +74,18 @@ class ZImageFamily(ModelFamily):
         num_patches = (request.height // size) * (request.width // size)
         return num_patches + -num_patches % TOKEN_MULTIPLE
 
-    def mix_guidance(self, conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
-        """As ZImagePipeline: from the conditional prediction on, so that 1 steers as 2 does elsewhere.
+    def guidance_threshold(self, checkpoint: Checkpoint) -> float:
+        """0: see mix_guidance."""
+        return 0.0
 
-        A request without guidance has a scale of 1 or less; the pipeline is guided from above 0 on.
-        """
+    def mix_guidance(self, conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
+        """As ZImagePipeline: from the conditional prediction on, so that 1 steers as 2 does elsewhere."""
         return conditional + scale * (conditional - unconditional)
 
     def head_counts(self, stage_model: str, checkpoint: Checkpoint) -> Mapping[str, int]:
-        """Heads of the transformer, and its feed-forward, whose size is not in the configuration; Qwen3 stays whole."""
+        """Heads of the transformer, and its feed-forward, whose size is not in the configuration; those of Qwen3."""
         if stage_model != "denoising":
-            return {}
+            return language_model_counts(checkpoint, "text_encoder")
         return {
             "n_heads": checkpoint.setting("transformer", "n_heads"),
             "dim / 3 * 8": int(checkpoint.setting("transformer", "dim") / 3 * 8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from triton_diffusion.distributed.language_model import language_model_plan
 from triton_diffusion.distributed.sequence import Gather, SequencePlan, Shard
 from triton_diffusion.distributed.tensor_parallel import Style, TensorPlan
 from triton_diffusion.families.z_image.family import PATCH_SIZE
@@ -25,7 +26,7 @@ _TOKENS = ("tokens",)
 
 def tensor_plans(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
     """The plan of each component that tensor parallelism divides."""
-    return {"transformer": _TRANSFORMER}
+    return {"transformer": _TRANSFORMER, "text_encoder": language_model_plan()}
 
 
 def sequence_plan(transformer: Any) -> SequencePlan:
