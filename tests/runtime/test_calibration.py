@@ -137,9 +137,12 @@ def test_a_stage_measures_at_its_first_start_only(flux_checkpoint: Path, cache: 
     kept = read_calibration(file)
     assert kept is not None
     assert kept.max_batch_tokens == measured
-    write_calibration(file, Calibration(device="d", max_batch_tokens=777, measurements=[(777, 0.5)]))
+    # It ran out of memory, too, since it was measured.
+    kept = Calibration(device="d", max_batch_tokens=777, measurements=[(777, 0.5)], memory_limit=555)
+    write_calibration(file, kept)
     with run_service("denoising", flux_checkpoint) as caller:
-        assert caller.service.metrics().max_batch_tokens == 777
+        assert caller.service.metrics().max_batch_tokens == 555
+    assert read_calibration(file) == kept
 
 
 def test_what_is_configured_is_not_measured(flux_checkpoint: Path, cache: Path) -> None:

@@ -421,6 +421,46 @@ def test_a_reset_leaves_other_replicas_alone() -> None:
     assert scheduler.entry("b").step == 1
 
 
+def test_a_request_goes_on_from_its_checkpoint_when_its_replica_is_reset() -> None:
+    scheduler = make_scheduler()
+    scheduler.submit(work("a", rows=2, steps=5))
+    for _ in range(3):
+        finish(scheduler, scheduler.next_tick(0))
+    assert scheduler.keep("a", [2, 1])
+    scheduler.next_tick(0)
+    assert scheduler.reset_replica(0) == ["a"]
+    entry = scheduler.entry("a")
+    assert entry.planned == entry.done == [2, 1]
+    assert (entry.started_s, entry.steps_left, entry.step, len(entry.steps_s)) == (None, 7, 1, 2)
+    ticks = []
+    while (tick := scheduler.next_tick(0)) is not None:
+        ticks.append([index for _, index in tick.rows])
+        finish(scheduler, tick)
+    assert ticks == [[0, 1]] * 3 + [[1]]
+
+
+def test_a_checkpoint_that_is_not_of_this_request_is_refused() -> None:
+    """Such as one of a request that was cancelled and sent again under its id."""
+    scheduler = make_scheduler()
+    scheduler.submit(work("a", rows=2, steps=5))
+    for _ in range(2):
+        finish(scheduler, scheduler.next_tick(0))
+    for foreign in ([3, 2], [2], [2, 2, 2], []):
+        assert not scheduler.keep("a", foreign)
+    assert scheduler.keep("a", [2, 2])
+    assert not scheduler.keep("a", [1, 2]), "older than the one that is kept"
+    assert scheduler.entry("a").kept == [2, 2]
+
+
+def test_a_smaller_limit_holds_from_the_next_tick_on() -> None:
+    scheduler = make_scheduler()
+    scheduler.submit(work("a", rows=4, steps=2))
+    assert len(rows_of(scheduler)) == 4
+    scheduler.learn_limits(2)
+    scheduler.learn_limits(3)
+    assert len(rows_of(scheduler)) == 2
+
+
 # What is measured.
 
 

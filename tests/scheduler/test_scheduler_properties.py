@@ -24,6 +24,15 @@ class CountingReplica:
         self.steps: dict[RowId, int] = {}
         self.admitted: set[str] = set()
 
+    def admit(self, request_id: str, done: list[int]) -> None:
+        """Take a request whose rows have done so many steps by its checkpoint."""
+        assert request_id not in self.admitted, "sent twice"
+        self.admitted.add(request_id)
+        self.steps |= {(request_id, index): steps for index, steps in enumerate(done)}
+
+    def done(self, request_id: str) -> list[int]:
+        return [steps for (name, _), steps in sorted(self.steps.items()) if name == request_id]
+
     def run(self) -> Tick:
         """Run the oldest tick; rows of requests that were dropped are passed over."""
         tick = self.ticks.popleft()
@@ -62,6 +71,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.replicas = [CountingReplica() for _ in range(num_replicas)]
         self.works: dict[str, Work] = {}
         self.ends: Counter[str] = Counter()
+        self.checkpoints: list[tuple[str, list[int]]] = []
+        """On their way from the ranks."""
+        self.kept: dict[str, list[int]] = {}
+        self.available = set(range(num_replicas))
         self.numbers = 0
 
     @rule(
@@ -105,18 +118,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             assert here < MAX_QUEUE_SIZE
             self.works[work.request_id] = work
+            self.kept[work.request_id] = [0] * rows
 
     @rule(data=st.data())
     def plan(self, data: st.DataObject) -> None:
         number = data.draw(st.integers(0, len(self.replicas) - 1))
-        replica, tick = self.replicas[number], self.scheduler.next_tick(number)
-        if tick is None:
-            return
+        if number in self.available and (tick := self.scheduler.next_tick(number)) is not None:
+            self.send(tick, number)
+
+    def send(self, tick: Tick, number: int) -> None:
         self.check_tick(tick, number)
         for request_id in tick.admissions:
-            assert request_id not in replica.admitted, "sent twice"
-            replica.admitted.add(request_id)
-        replica.ticks.append(tick)
+            self.replicas[number].admit(request_id, self.kept[request_id])
+        self.replicas[number].ticks.append(tick)
 
     def check_tick(self, tick: Tick, number: int) -> None:
         assert tick.replica == number
@@ -139,10 +153,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now_s += 1
         for request_id in self.scheduler.finish_tick(tick.tick_id, 1.0):
             work = self.works[request_id]
-            steps = [replica.steps[request_id, index] for index in range(work.num_rows)]
-            assert steps == [work.num_steps] * work.num_rows, "a row ran a step twice or skipped one"
+            assert replica.done(request_id) == [work.num_steps] * work.num_rows, "a step was run twice or skipped"
             self.end(request_id)
             replica.drop(request_id)
+
+    @precondition(lambda self: any(replica.admitted for replica in self.replicas))
+    @rule(data=st.data())
+    def copy_checkpoint(self, data: st.DataObject) -> None:
+        busy = [replica for replica in self.replicas if replica.admitted]
+        replica = data.draw(st.sampled_from(busy))
+        request_id = data.draw(st.sampled_from(sorted(replica.admitted)))
+        self.checkpoints.append((request_id, replica.done(request_id)))
+
+    @precondition(lambda self: self.checkpoints)
+    @rule(data=st.data())
+    def keep_checkpoint(self, data: st.DataObject) -> None:
+        request_id, done = self.checkpoints.pop(data.draw(st.integers(0, len(self.checkpoints) - 1)))
+        if request_id in self.scheduler and self.scheduler.keep(request_id, done):
+            assert all(before <= now for before, now in zip(self.kept[request_id], done, strict=True))
+            self.kept[request_id] = done
+
+    @rule(tokens=st.integers(1, 12))
+    def learn_limit(self, tokens: int) -> None:
+        self.scheduler.learn_limits(tokens)
+        self.max_batch_tokens = min(self.max_batch_tokens, tokens)
 
     @precondition(lambda self: len(self.scheduler))
     @rule(data=st.data())
@@ -160,12 +194,24 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.end(request_id)
                 replica.drop(request_id)
 
-    @rule(data=st.data())
-    def die(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), comes_back=st.booleans())
+    def die(self, data: st.DataObject, comes_back: bool) -> None:
         number = data.draw(st.integers(0, len(self.replicas) - 1))
         started = {name for name in self.replicas[number].admitted if name in self.scheduler}
         assert set(self.scheduler.reset_replica(number)) == started
         self.replicas[number] = CountingReplica()
+        for request_id in started:
+            assert self.scheduler.entry(request_id).done == self.kept[request_id], "what is kept is not lost"
+        if not comes_back and number in self.available:
+            self.available.discard(number)
+            self.scheduler.set_available(number, False)
+            assert not self.available or not self.scheduler.requests_of(number), "all of it moves"
+
+    @rule(data=st.data())
+    def come_back(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.replicas) - 1))
+        self.available.add(number)
+        self.scheduler.set_available(number, True)
 
     def end(self, request_id: str) -> None:
         self.scheduler.remove(request_id)
@@ -183,7 +229,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.num_deadlines == sum(entry.work.deadline_s is not None for entry in here)
         for number, queue in enumerate(self.scheduler._replicas):
             assert queue.work_left == sum(entry.work_left for entry in here if entry.replica == number)
-            assert all(0 <= entry.unplanned <= entry.steps_left for entry in queue.entries.values())
+            for entry in queue.entries.values():
+                assert 0 <= entry.unplanned <= entry.steps_left
+                assert entry.steps_left == sum(entry.work.num_steps - done for done in entry.done)
+                assert entry.kept == self.kept[entry.work.request_id]
             assert all(lane.entries for lane in queue.lanes.values())
 
     @invariant()
@@ -194,12 +243,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Every admitted request ends exactly once: those that are left now run to their end."""
         if not hasattr(self, "scheduler"):
             return
+        for number in range(len(self.replicas)):
+            self.scheduler.set_available(number, True)
         for number, replica in enumerate(self.replicas):
             for _ in range(10_000):
                 if (tick := self.scheduler.next_tick(number)) is not None:
-                    self.check_tick(tick, number)
-                    replica.admitted.update(tick.admissions)
-                    replica.ticks.append(tick)
+                    self.send(tick, number)
                 if not replica.ticks:
                     break
                 done = replica.run()

@@ -18,7 +18,7 @@ from checkpoints.requests import make_request
 from triton_diffusion.config import ParallelConfig
 from triton_diffusion.distributed.cfg import cfg_share, run_cfg_parallel
 from triton_diffusion.distributed.group import RankGroup
-from triton_diffusion.errors import InvalidRequestError, to_wire
+from triton_diffusion.errors import InvalidRequestError, ResourceExhaustedError, to_wire
 from triton_diffusion.stages.base import PipelineStage, StageParallelism, StageRequest
 from triton_diffusion.stages.executor import run_stage
 
@@ -136,7 +136,10 @@ def broadcast(group: RankGroup, size_bytes: int) -> dict[str, Any]:
 @scenario
 def agree(group: RankGroup, own: list[dict[str, str]]) -> dict[str, Any]:
     """The ranks agree on the failures that each has of its own."""
-    failures = {request_id: RuntimeError(text) for request_id, text in own[group.rank].items()}
+    failures = {
+        request_id: ResourceExhaustedError(text) if text == "out of memory" else RuntimeError(text)
+        for request_id, text in own[group.rank].items()
+    }
     return {request_id: to_wire(error) for request_id, error in group.agree(failures).items()}
 
 

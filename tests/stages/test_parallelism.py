@@ -185,6 +185,13 @@ def test_an_id_with_odd_characters_survives_agreement(ranks: RankPair) -> None:
     assert both[0] == both[1] == {"\0 \n蓝\0": ["StageError", "rank 1: RuntimeError: \0"]}
 
 
+def test_running_out_of_memory_counts_for_more_than_what_it_causes_on_other_ranks(ranks: RankPair) -> None:
+    for own in ([{"a": "x"}, {"a": "out of memory"}], [{"a": "out of memory"}, {"a": "x"}]):
+        both = ranks.run("agree", own=own)
+        assert both[0] == both[1]
+        assert both[0]["a"][0] == "ResourceExhaustedError"
+
+
 def test_no_failure_is_agreed_on_as_none(ranks: RankPair) -> None:
     assert ranks.run("agree", own=[{}, {}]) == [{}, {}]
 

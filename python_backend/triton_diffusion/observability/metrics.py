@@ -36,3 +36,12 @@ class StageMetrics:
     prompt_cache_lookups_total: int = field(default=0, metadata={"counter": "Prompts looked up in the prompt cache"})
     prompt_cache_hits_total: int = field(default=0, metadata={"counter": "Prompts found in the prompt cache"})
     restarts_total: int = field(default=0, metadata={"counter": "Worker groups that died and were replaced"})
+    watchdog_kills_total: int = field(default=0, metadata={"counter": "Those of them that were stuck and were killed"})
+    replays_total: int = field(
+        default=0, metadata={"counter": "Times that a request went on from a checkpoint, or anew, after such a death"}
+    )
+    moves_total: int = field(default=0, metadata={"counter": "Times that a waiting request went to another replica"})
+    requests_given_up_total: int = field(
+        default=0, metadata={"counter": "Requests given up because their worker groups died of them"}
+    )
+    checkpoint_bytes: int = field(default=0, metadata={"gauge": "Bytes of the checkpoints that are held"})

@@ -27,6 +27,7 @@ from triton_diffusion.errors import DiffusionError, InvalidRequestError, from_wi
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest, example_request
+from triton_diffusion.runtime.faults import VARIABLE as FAULTS_VARIABLE
 from triton_diffusion.runtime.messages import AdmitRequest, RunTick
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.runtime.work import rows_and_steps, tokens_per_row
@@ -53,8 +54,11 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
     device: str
     max_batch_tokens: int
+    """0: not measured."""
     measurements: list[tuple[int, float]]
     """(tokens in the batch, seconds of the tick)."""
+    memory_limit: int = 0
+    """Tokens of a batch, learnt from larger ones that ran out of memory while requests were served; 0: none did."""
 
 
 class WarmUp:
@@ -98,13 +102,21 @@ class WarmUp:
                     raise
                 logger.info("a batch of %d rows does not run, the limit is below it: %s", rows, error)
                 break
+            if self._executor.fitting(rows * tokens) < rows * tokens and measured:
+                logger.info("a batch of %d rows does not fit in memory, the limit is below it", rows)
+                break
             best = max(map(_speed, measured), default=0.0)
             measured.append((rows * tokens, seconds))
             idle_doublings = 0 if _speed(measured[-1]) > _WORTHWHILE * best else idle_doublings + 1
             rows *= 2
         best = max(map(_speed, measured))
         limit = next(each[0] for each in measured if _speed(each) >= _GOOD_ENOUGH * best)
-        return Calibration(device=device_name, max_batch_tokens=limit, measurements=measured)
+        return Calibration(
+            device=device_name,
+            max_batch_tokens=limit,
+            measurements=measured,
+            memory_limit=self._executor.memory_limit,
+        )
 
     def warm_up(self, sizes: Sequence[tuple[int, int]] | None, max_batch_tokens: int) -> list[tuple[int, float]]:
         """Run each (height, width), alone and in as large a batch as there can be; returns what the first one took.
@@ -134,7 +146,7 @@ class WarmUp:
         # One step more than runs: a request that ends would leave out the cost of a step in the middle. Without
         # guidance, whatever the default: there are no examples of what a negative prompt leaves.
         return example_request(
-            self._defaults, height=height, width=width, num_inference_steps=_MAX_RUNS + 1, guidance_scale=1.0
+            self._defaults, height=height, width=width, num_inference_steps=_MAX_RUNS + 1, guidance_scale=0.0
         )
 
     def tokens_of_default(self) -> int:
@@ -212,6 +224,8 @@ def cache_path(stage_model: str, components: Components, *, num_threads: int, la
         "device": device_name(components.device),
         "threads": num_threads if components.device.type == "cpu" else 0,
         "layout": layout,
+        # A device that is made to look small is another one.
+        "faults": os.environ.get(FAULTS_VARIABLE, ""),
         "versions": [version(name) for name in ("torch", "diffusers", "transformers")],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -250,6 +264,13 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         Path(file.name).replace(path)
     except OSError as error:
         logger.warning("%s cannot be written (%s); the next start will measure again", path, error)
+
+
+def keep_memory_limit(path: Path, device: str, limit: int) -> None:
+    """Add to a calibration, or to the place of one, that batches of more than `limit` tokens ran out of memory."""
+    known = read_calibration(path) or Calibration(device=device, max_batch_tokens=0, measurements=[])
+    if not known.memory_limit or limit < known.memory_limit:
+        write_calibration(path, msgspec.structs.replace(known, memory_limit=limit))
 
 
 @contextlib.contextmanager

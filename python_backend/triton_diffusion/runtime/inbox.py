@@ -31,6 +31,11 @@ class Inbox:
             )
         self._messages.append(message)
 
+    @property
+    def next_is_tick(self) -> bool:
+        """Whether the next message is a tick."""
+        return bool(self._messages) and isinstance(self._messages[0], RunTick)
+
     def take(self) -> ToRanks:
         """The next message; raises IndexError when there is none."""
         return self._messages.popleft()

@@ -11,12 +11,23 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Base of all messages."""
 
 
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a request was, and all that its ranks need to go on from there."""
+
+    done: list[int]
+    """Of each row, steps that it has done."""
+    state: bytes
+    """A safetensors blob for AdmitRequest.checkpoint; only the stage that made it can read it."""
+
+
 class AdmitRequest(Message, frozen=True, kw_only=True):
     """To the ranks: a request that later ticks will name."""
 
     request_id: str
     state: bytes
     """A RequestState blob."""
+    checkpoint: bytes | None = None
+    """Checkpoint.state to go on from; None: from the beginning."""
 
 
 class RunTick(Message, frozen=True, kw_only=True):
@@ -67,6 +78,11 @@ class TickDone(Message, frozen=True, kw_only=True):
     """By request id: RequestState blob for the decoding stage that shows the request as it stands."""
     counts: dict[str, int]
     """What the stage has counted since the last tick, by the name of a field of StageMetrics."""
+    checkpoints: dict[str, Checkpoint] = {}
+    """By request id, also of requests that had no row in this tick: a checkpoint is copied behind one tick and handed
+    over with the next one."""
+    max_batch_tokens: int = 0
+    """A smaller limit that was learnt from running out of memory in this tick; 0: none."""
 
 
 ToRanks = AdmitRequest | RunTick | DropRequest | Shutdown
@@ -99,6 +115,8 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     dtype: str
     num_threads: int
+    cores: list[int]
+    """Cores of the group that it takes turns on with other groups; empty: it takes none."""
     rank: int
     group_size: int
     replica: int
@@ -106,14 +124,13 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     """0: measure it."""
     warmup_sizes: list[tuple[int, int]] | None
     """(height, width); None for the checkpoint's default size."""
+    checkpoint_steps: int = 0
+    """Steps between two checkpoints of a request; 0: none."""
     prompt_cache_bytes: int
     parallel: ParallelConfig
     attention_backend: str
     vae_tiling: VaeTiling
     run_dir: str
+    """Folder of this group alone, made anew at each start; the ranks meet at a file in it."""
     endpoint: str
     """ZMQ endpoint of the service; rank 0 connects to it."""
-    store_port: int
-    """Loopback port of the store that the ranks meet at."""
-    store_fd: int
-    """The listening socket of that port; rank 0 has inherited it."""

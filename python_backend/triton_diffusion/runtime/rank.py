@@ -17,13 +17,15 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import msgspec
 import torch
 import zmq
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import FileStore, Store
 
+from triton_diffusion import run_folder
 from triton_diffusion.distributed.group import RankGroup, RanksDivergedError
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.runtime import messages
@@ -33,6 +35,7 @@ from triton_diffusion.runtime.calibration import (
     alone_on_this_machine,
     cache_path,
     device_name,
+    keep_memory_limit,
     read_calibration,
     write_calibration,
 )
@@ -48,6 +51,7 @@ from triton_diffusion.runtime.messages import (
 )
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.runtime.stage_loading import LoadedStage, load_stage
+from triton_diffusion.runtime.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -94,34 +98,42 @@ class _ServiceChannel:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(launch.endpoint)
         self._inbox = Inbox()
+        folder = os.environ.get(run_folder.VARIABLE)
+        takes_turns = launch.cores and folder and os.path.isdir(folder)
+        self._turns = Turns(Path(folder), launch.cores) if folder and takes_turns else None
+        self._turn = contextlib.ExitStack()
 
     def send(self, message: messages.Message) -> None:
         self._socket.send(messages.encode(message))
 
     def receive(self) -> bytes:
-        """The next message for the ranks, with all that has come by now taken into account."""
+        """The next message for the ranks, with all that has come by now taken into account.
+
+        A tick comes when it is this group's turn on its cores; `end_turn` gives them to the next.
+        """
         if not self._inbox:
             self._inbox.put(messages.decode_to_ranks(self._socket.recv()))
+        self._take_in()
+        if self._turns is not None and self._inbox.next_is_tick:
+            self._turn.enter_context(self._turns.take())
+            self._take_in()
+        return messages.encode(self._inbox.take())
+
+    def end_turn(self) -> None:
+        """The tick is through on all ranks."""
+        self._turn.close()
+
+    def _take_in(self) -> None:
         with contextlib.suppress(zmq.Again):
             while True:
                 self._inbox.put(messages.decode_to_ranks(self._socket.recv(zmq.NOBLOCK)))
-        return messages.encode(self._inbox.take())
 
 
 def _rendezvous(launch: RankLaunch) -> Store | None:
-    """The store that the ranks of a group meet at; rank 0 serves it on the socket that the service opened."""
+    """The store that the ranks of a group meet at: a file that other users cannot reach, as they could a port."""
     if launch.group_size == 1:
         return None
-    if launch.rank != 0:
-        return TCPStore("127.0.0.1", launch.store_port, launch.group_size, is_master=False)
-    return TCPStore(
-        "127.0.0.1",
-        launch.store_port,
-        launch.group_size,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=launch.store_fd,
-    )
+    return FileStore(os.path.join(launch.run_dir, "store"), launch.group_size)
 
 
 def _missing_gpu() -> str | None:
@@ -140,8 +152,17 @@ def _end_with_service(lifeline: BinaryIO, launch: RankLaunch) -> None:
     while os.read(lifeline.fileno(), 1):
         pass
     if launch.rank == 0:
-        shutil.rmtree(launch.run_dir, ignore_errors=True)
+        _remove(launch.run_dir)
     os._exit(0)
+
+
+def _remove(run_dir: str) -> None:
+    """Remove the group's folder; a rank that is not gone yet may write its file anew meanwhile."""
+    for _ in range(100):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if not os.path.exists(run_dir):
+            return
+        time.sleep(0.01)
 
 
 def _load(launch: RankLaunch, group: RankGroup, channel: _ServiceChannel | None) -> RankExecutor | None:
@@ -194,6 +215,7 @@ def _load_stage(launch: RankLaunch, group: RankGroup) -> LoadedStage:
         attention_backend=launch.attention_backend,
         vae_tiling=launch.vae_tiling,
         prompt_cache_bytes=launch.prompt_cache_bytes,
+        checkpoint_steps=launch.checkpoint_steps,
     )
 
 
@@ -210,14 +232,18 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
     known = msgspec.json.decode(
         group.broadcast_bytes(msgspec.json.encode(known) if group.is_main else None), type=Calibration | None
     )
-    warm_up = WarmUp(launch.stage_model, stage.executor, stage.family, stage.components, group)
+    executor = stage.executor
+    executor.on_memory_limit = partial(keep_memory_limit, path, device)
+    if known is not None and known.memory_limit:
+        executor.limit_memory(known.memory_limit)
+    warm_up = WarmUp(launch.stage_model, executor, stage.family, stage.components, group)
     if not warm_up.can_run:
         limit = launch.max_batch_tokens or warm_up.tokens_of_default()
-        return Calibration(device=device, max_batch_tokens=limit, measurements=[])
+        return Calibration(device=device, max_batch_tokens=executor.fitting(limit), measurements=[])
     if launch.max_batch_tokens:
         measurements = known.measurements if known else []
         known = Calibration(device=device, max_batch_tokens=launch.max_batch_tokens, measurements=measurements)
-    elif known is None:
+    elif known is None or not known.max_batch_tokens:
         with alone_on_this_machine(path) if group.is_main else contextlib.nullcontext():
             started = time.monotonic()
             known = warm_up.calibrate(device)
@@ -230,10 +256,14 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
                 ", ".join(f"{tokens} tokens {1000 * seconds:.1f} ms" for tokens, seconds in known.measurements),
                 path,
             )
-    stage.executor.limit_batch(known.max_batch_tokens)
-    took = warm_up.warm_up(launch.warmup_sizes, known.max_batch_tokens)
-    stage.executor.forget()
-    return known if known.measurements else msgspec.structs.replace(known, measurements=took)
+    executor.limit_batch(executor.fitting(known.max_batch_tokens))
+    took = warm_up.warm_up(launch.warmup_sizes, executor.fitting(known.max_batch_tokens))
+    executor.forget()
+    return msgspec.structs.replace(
+        known,
+        max_batch_tokens=executor.fitting(known.max_batch_tokens),
+        measurements=known.measurements or took,
+    )
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -259,6 +289,7 @@ def _serve(executor: RankExecutor, group: RankGroup, channel: _ServiceChannel | 
             case RunTick() as tick:
                 done = executor.run(tick)
                 if channel:
+                    channel.end_turn()
                     channel.send(done)
             case DropRequest(request_id=request_id):
                 executor.drop(request_id)

@@ -14,19 +14,13 @@ import queue
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import zmq
 
 from triton_diffusion.config import StageConfig
 from triton_diffusion.errors import (
-    DeadlineExceededError,
     DiffusionError,
-    InvalidRequestError,
-    QueueFullError,
-    RequestCancelledError,
     ShuttingDownError,
     StageError,
     WorkerGroupError,
@@ -37,80 +31,29 @@ from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.observability.metrics import StageMetrics
 from triton_diffusion.request import example_request
-from triton_diffusion.runtime.messages import (
-    AdmitRequest,
-    DropRequest,
-    GroupFailed,
-    GroupReady,
-    RunTick,
-    TickDone,
-)
+from triton_diffusion.runtime.held_request import HeldRequest, OnAnswer, guarded
+from triton_diffusion.runtime.messages import AdmitRequest, DropRequest, GroupReady, Message, TickDone
+from triton_diffusion.runtime.recovery import Recovery
+from triton_diffusion.runtime.replica import Fault, Replica
+from triton_diffusion.runtime.request_book import RequestBook
 from triton_diffusion.runtime.work import rows_and_steps, tokens_per_row
 from triton_diffusion.runtime.worker_group import WorkerGroup
-from triton_diffusion.scheduler import SEND_AHEAD_BELOW_S, Entry, Scheduler, Work
+from triton_diffusion.scheduler import SEND_AHEAD_BELOW_S, Scheduler, Work
 from triton_diffusion.state import (
     CancelOrder,
-    Progress,
+    HealthQuery,
     ProgressQuery,
     RequestState,
-    StageTimings,
+    StageHealth,
     read_stage_input,
-    read_state,
-    replace_metadata,
-    write_num_cancelled,
-    write_progress,
+    write_health,
 )
 
 logger = logging.getLogger(__name__)
 
-Answer = bytes | DiffusionError
-OnAnswer = Callable[[Answer], None]
-
 _TICKS_IN_FLIGHT = 2
 # How soon a deadline is noticed that cannot be met any more, while no tick comes back.
-_DEADLINE_POLL_MS = 100
-# A request that was in flight at this many deaths of its group is taken for their cause.
-_MAX_ATTEMPTS = 2
-_ENDED = Progress(step=0, total=0, elapsed_s=0.0, remaining_s=None, ended=True)
-
-
-def _guarded(on_answer: OnAnswer) -> OnAnswer:
-    """`on_answer`, whose exceptions end in the log: a response sender may raise when its client has gone away."""
-
-    def tell(answer: Answer) -> None:
-        try:
-            on_answer(answer)
-        except Exception:
-            logger.exception("an answer could not be delivered")
-
-    return tell
-
-
-@dataclass
-class _Request:
-    """A request that this stage owes an answer."""
-
-    blob: bytes
-    state: RequestState
-    on_answer: OnAnswer
-    attempts: int = 0
-    preview: bytes | None = None
-    preview_step: int = 0
-    watchers: list[tuple[ProgressQuery, OnAnswer]] = field(default_factory=list)
-
-
-@dataclass
-class _Replica:
-    """A worker group and where it stands in its life; a group that died is replaced after `restart_at_s`."""
-
-    index: int
-    group: WorkerGroup | None = None
-    ready: bool = False
-    start_deadline_s: float = 0.0
-    in_flight: int = 0
-    failure: str | None = None
-    failed_starts: int = 0
-    restart_at_s: float = 0.0
+_DEADLINE_POLL_S = 0.1
 
 
 class StageService:
@@ -134,9 +77,9 @@ class StageService:
             ageing_s=config.priority_ageing_s,
             clock=time.monotonic,
         )
-        self._requests: dict[str, _Request] = {}
-        self._by_cancel_key: defaultdict[str, set[str]] = defaultdict(set)
         self._metrics = StageMetrics()
+        self._book = RequestBook(stage_model, self._scheduler, self._metrics, self._tell_ranks)
+        self._recovery = Recovery(stage_model, self._scheduler, self._book, self._metrics)
         self._inbox_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -144,7 +87,7 @@ class StageService:
         self._poller = zmq.Poller()
         self._poller.register(self._wake_fd, zmq.POLLIN)
         self._readable: set[zmq.Socket[bytes] | int] = set()
-        self._replicas = [_Replica(index) for index in range(config.num_replicas)]
+        self._replicas = [Replica(index, config, self._launch, self._poller) for index in range(config.num_replicas)]
         self._started: queue.SimpleQueue[DiffusionError | None] = queue.SimpleQueue()
         self._has_started = False
         self._stopping = False
@@ -165,8 +108,8 @@ class StageService:
             raise error
 
     def submit(self, blob: bytes, on_answer: OnAnswer) -> None:
-        """Hand in a state, a progress query or a cancel order; `on_answer` is called exactly once, whatever happens."""
-        if not self._call(lambda: self._take(blob, _guarded(on_answer))):
+        """Hand in a state, a query or an order (see state.py); `on_answer` is called exactly once, whatever happens."""
+        if not self._call(lambda: self._take(blob, guarded(on_answer))):
             on_answer(self._shutting_down())
 
     def metrics(self) -> StageMetrics:
@@ -180,6 +123,24 @@ class StageService:
             max_batch_tokens=self._scheduler.max_batch_tokens if self._has_started else 0,
             running_requests=running,
             ready_replicas=sum(replica.ready for replica in self._replicas),
+            checkpoint_bytes=self._book.checkpoint_bytes(),
+        )
+
+    def health(self) -> StageHealth:
+        """Whether requests are taken, and what is the matter; from any thread."""
+        unavailable = self._unavailable()
+        down = [
+            f"replica {replica.index} starts again: {replica.last_fault.public_cause}"
+            for replica in self._replicas
+            if replica.last_fault is not None
+        ]
+        return StageHealth(
+            stage=self._stage_model,
+            ready=self._has_started and not self._closed and unavailable is None,
+            ready_replicas=sum(replica.ready for replica in self._replicas),
+            num_replicas=len(self._replicas),
+            restarts_total=self._metrics.restarts_total,
+            reason=str(self._shutting_down()) if self._closed else str(unavailable or "; ".join(down)),
         )
 
     def stop(self) -> None:
@@ -219,16 +180,15 @@ class StageService:
 
     def _close(self) -> None:
         for replica in self._replicas:
-            if replica.group is not None:
-                try:
-                    replica.group.stop(graceful=replica.ready)
-                except Exception:
-                    logger.exception("%s: replica %d did not stop in order", self._stage_model, replica.index)
+            try:
+                replica.stop()
+            except Exception:
+                logger.exception("%s: replica %d did not stop in order", self._stage_model, replica.index)
         with self._inbox_lock:
             self._closed = True
         self._drain_inbox()
-        for request_id in list(self._requests):
-            self._end(request_id, self._shutting_down())
+        for request_id in list(self._book.requests):
+            self._book.end(request_id, self._shutting_down())
         self._context.term()
         os.close(self._wake_fd)
 
@@ -236,21 +196,18 @@ class StageService:
         """Do what is to be done, and wait until something happens."""
         self._drain_inbox()
         for replica in self._replicas:
-            if replica.group is not None:
-                self._watch(replica, replica.group)
+            self._watch(replica)
             if self._stopping:
                 return
-            if replica.group is None and time.monotonic() >= replica.restart_at_s:
-                self._start_group(replica)
-            self._drop_late(replica)
+            self._book.drop_late(replica.index)
             self._send_ticks(replica)
         self._wait()
 
     def _wait(self) -> None:
-        # The times of start and back-off count only while a group is not up.
-        timeout_ms = None if all(replica.ready for replica in self._replicas) else 200
+        timeouts_s = [replica.poll_s for replica in self._replicas if replica.poll_s is not None]
         if self._scheduler.num_deadlines:
-            timeout_ms = _DEADLINE_POLL_MS
+            timeouts_s.append(_DEADLINE_POLL_S)
+        timeout_ms = round(1000 * min(timeouts_s)) if timeouts_s else None
         self._readable = {source for source, _ in self._poller.poll(timeout_ms)}
 
     def _drain_inbox(self) -> None:
@@ -261,120 +218,117 @@ class StageService:
 
     # Worker groups.
 
-    def _start_group(self, replica: _Replica) -> None:
-        replica.group = WorkerGroup(
+    def _launch(self, replica: int) -> WorkerGroup:
+        return WorkerGroup(
             stage_model=self._stage_model,
             model_path=str(self._checkpoint.path),
             config=self._config,
-            replica=replica.index,
+            replica=replica,
             context=self._context,
         )
-        for source in replica.group.sources:
-            self._poller.register(source, zmq.POLLIN)
-        replica.failure = None
-        replica.start_deadline_s = time.monotonic() + self._config.startup_timeout_s
-        logger.info("%s: starting replica %d, pids %s", self._stage_model, replica.index, replica.group.pids)
 
-    def _watch(self, replica: _Replica, group: WorkerGroup) -> None:
-        while (message := group.receive()) is not None:
+    def _watch(self, replica: Replica) -> None:
+        for message in replica.receive():
             match message:
                 case GroupReady():
                     self._group_ready(replica, message)
-                case GroupFailed():
-                    replica.failure = message.message
                 case TickDone():
-                    replica.in_flight -= 1
-                    self._tick_done(group, message)
-        if self._readable.intersection(group.pidfds) and (death := group.describe_death()) is not None:
-            self._group_died(replica, group, death)
-        elif not replica.ready and time.monotonic() > replica.start_deadline_s:
-            self._group_died(replica, group, f"did not load within startup_timeout_s={self._config.startup_timeout_s}")
+                    self._tick_done(replica, message)
+        fault = replica.find_fault(self._readable) or replica.start_if_due()
+        if fault is not None:
+            self._group_died(replica, fault)
+        elif replica.is_overdue and (moved := self._recovery.move_waiting(replica)):
+            # Those that were to run nowhere else have waited long enough.
+            self._metrics.moves_total += len(moved)
+            logger.warning("%s: replica %d is not back, moved: %s", self._stage_model, replica.index, ", ".join(moved))
 
-    def _group_ready(self, replica: _Replica, message: GroupReady) -> None:
-        replica.ready = True
-        replica.failed_starts = 0
+    def _group_ready(self, replica: Replica, message: GroupReady) -> None:
         self._scheduler.learn_limits(message.max_batch_tokens, message.measurements)
-        self._scheduler.set_available(replica.index, True)
+        moved = self._scheduler.set_available(replica.index, True)
+        for other in self._replicas:
+            if not other.ready:
+                moved += self._recovery.move_waiting(other)
+        self._metrics.moves_total += len(moved)
+        after = f"{time.monotonic() - replica.down_since_s:.1f} s after its death" if replica.down_since_s else "first"
         logger.info(
-            "%s: replica %d is ready on %s in %s after %.1f s, max_batch_tokens=%d",
+            "%s: replica %d is ready (%s) on %s in %s, loaded in %.1f s, max_batch_tokens=%d; moved here: %s",
             self._stage_model,
             replica.index,
+            after,
             message.device,
             message.dtype,
             message.load_s,
             message.max_batch_tokens,
+            ", ".join(moved) or "none",
         )
-        if all(each.ready for each in self._replicas):
+        if not self._has_started and all(each.ready for each in self._replicas):
             self._has_started = True
             self._started.put(None)
 
-    def _group_died(self, replica: _Replica, group: WorkerGroup, death: str) -> None:
+    def _group_died(self, replica: Replica, fault: Fault) -> None:
         """Replace a group that is gone, and run its requests again; before the first start is over, give up."""
-        reason = f"replica {replica.index} of {self._stage_model}: {replica.failure or death}"
-        logger.error("%s", reason)
-        for source in group.sources:
-            self._poller.unregister(source)
-        group.stop(graceful=False)
-        self._metrics.restarts_total += self._has_started
-        loaded = replica.ready
-        replica.group, replica.ready, replica.in_flight = None, False, 0
+        back_off_s = replica.end(fault)
+        reason = f"replica {replica.index} of {self._stage_model}: {fault.cause}"
         if not self._has_started:
+            logger.error("%s", reason)
             self._started.put(WorkerGroupError(reason))
             self._stopping = True
             return
-        for request_id in self._scheduler.reset_replica(replica.index):
-            request = self._requests[request_id]
-            request.attempts += 1
-            if request.attempts >= _MAX_ATTEMPTS:
-                self._end(request_id, WorkerGroupError(f"{reason}; this request was running each time, it is given up"))
-            else:
-                logger.warning("%s: request %s starts anew", self._stage_model, request_id)
-        self._scheduler.set_available(replica.index, False)
-        if not loaded:
-            replica.failed_starts += 1
-            for request_id in self._scheduler.requests_of(replica.index):
-                self._end(request_id, WorkerGroupError(f"{reason}; its ranks do not start again; try again later"))
-        back_off_s = min(30.0, 2.0**replica.failed_starts) if replica.failed_starts else 0.0
-        replica.restart_at_s = time.monotonic() + back_off_s
+        self._metrics.restarts_total += 1
+        self._metrics.watchdog_kills_total += fault.is_hang
+        outcome = self._recovery.recover(replica, fault)
+        if (unavailable := self._unavailable()) is not None:
+            outcome.append(f"crash loop, answered UNAVAILABLE: {', '.join(self._book.requests) or 'none'}")
+            for request_id in list(self._book.requests):
+                self._book.end(request_id, unavailable)
+        when = f"in {back_off_s:g} s (death {replica.restarts.in_a_row} in a row)" if back_off_s else "at once"
+        logger.error("%s; starts again %s; %s", reason, when, "; ".join(outcome) or "no request was there")
+        self._book.tell_watchers()
 
-    def _send_ticks(self, replica: _Replica) -> None:
-        while replica.ready and replica.group is not None and self._has_room(replica):
+    def _unavailable(self) -> WorkerGroupError | None:
+        """What requests are answered while every group is down and dies again and again; None: they are taken."""
+        if any(replica.ready or not replica.restarts.is_crash_loop for replica in self._replicas):
+            return None
+        last = max(self._replicas, key=lambda replica: replica.down_since_s)
+        wait_s = max(0.0, min(replica.restart_at_s for replica in self._replicas) - time.monotonic())
+        cause = last.last_fault.public_cause if last.last_fault is not None else "unknown"
+        return WorkerGroupError(
+            f"{self._stage_model} is not ready: its worker groups died {last.restarts.in_a_row} times in a row "
+            f"(replica {last.index}: {cause}); they are started again in {wait_s:.0f} s; try again then"
+        )
+
+    def _tell_ranks(self, replica: int, message: Message) -> None:
+        self._replicas[replica].send(message)
+
+    def _send_ticks(self, replica: Replica) -> None:
+        while replica.ready and self._has_room(replica):
             tick = self._scheduler.next_tick(replica.index)
             if tick is None:
                 return
             for request_id in tick.admissions:
-                replica.group.send(AdmitRequest(request_id=request_id, state=self._requests[request_id].blob))
-            replica.group.send(RunTick(tick_id=tick.tick_id, rows=list(tick.rows), num_steps=tick.num_steps))
-            replica.in_flight += 1
+                request = self._book.requests[request_id]
+                request.started_s = request.started_s or time.monotonic()
+                replica.send(
+                    AdmitRequest(request_id=request_id, state=request.blob, checkpoint=request.checkpoint),
+                )
+            expected_s = self._scheduler.cost_model.tick_s(tick.tokens, tick.batch_key) * tick.num_steps
+            replica.run(tick, expected_s)
             self._metrics.batch_rows_total += len(tick.rows)
             self._metrics.batch_tokens_total += tick.tokens
 
-    def _has_room(self, replica: _Replica) -> bool:
-        if replica.in_flight == 0:
+    def _has_room(self, replica: Replica) -> bool:
+        if replica.num_out == 0:
             return True
         is_short = self._scheduler.estimate_out_s(replica.index) < SEND_AHEAD_BELOW_S
-        return replica.in_flight < _TICKS_IN_FLIGHT and is_short
+        return replica.num_out < _TICKS_IN_FLIGHT and is_short
 
-    def _drop_late(self, replica: _Replica) -> None:
-        """End what cannot meet its deadline any more; the ranks drop it before their next step."""
-        if not self._scheduler.num_deadlines:
-            return
-        for request_id in self._scheduler.late_requests(replica.index):
-            entry = self._scheduler.entry(request_id)
-            self._drop(
-                request_id,
-                DeadlineExceededError(
-                    f"given up in {self._stage_model} after {entry.step} of {entry.work.num_steps} steps, since the "
-                    "deadline cannot be met any more; allow more with deadline_s, ask for fewer steps, or send "
-                    "deadline_action=continue to have it late"
-                ),
-            )
-
-    def _tick_done(self, group: WorkerGroup, done: TickDone) -> None:
+    def _tick_done(self, replica: Replica, done: TickDone) -> None:
         self._metrics.ticks_total += 1
         self._metrics.tick_seconds_total += done.duration_s
         for name, count in done.counts.items():
             setattr(self._metrics, name, getattr(self._metrics, name) + count)
+        if done.max_batch_tokens:
+            self._scheduler.learn_limits(done.max_batch_tokens)
         # A request that was cancelled and sent again under its old id has nothing to do with the ticks from before.
         tick = self._scheduler.tick(done.tick_id)
         concerned = {request_id for request_id, _ in tick.rows} if tick else set()
@@ -382,18 +336,26 @@ class StageService:
             self._scheduler.observe(tick, done.duration_s)
         for request_id, wire in done.failed.items():
             if request_id in concerned:
-                group.send(DropRequest(request_id=request_id))
-                self._end(request_id, from_wire(*wire))
+                replica.send(DropRequest(request_id=request_id))
+                self._book.end(request_id, from_wire(*wire))
         finished = self._scheduler.finish_tick(done.tick_id, done.duration_s)
-        for request_id, preview in done.previews.items():
-            if request_id in concerned and request_id in self._requests:
-                request = self._requests[request_id]
-                request.preview, request.preview_step = preview, self._scheduler.entry(request_id).step
-        for request_id, request in self._requests.items():
-            if request.watchers:
-                self._tell_watchers(request_id, request)
+        self._keep_checkpoints(done)
+        now_s = time.monotonic()
+        for request_id in concerned & self._book.requests.keys():
+            request, entry = self._book.requests[request_id], self._scheduler.entry(request_id)
+            if request.suspicion.weigh(entry.done):
+                entry.alone = False
+            if request_id in done.previews:
+                request.preview, request.preview_step = done.previews[request_id], entry.step
+            request.tell_watchers(entry, now_s)
         for request_id in finished:
-            self._end(request_id, self._with_timings(request_id, done.results[request_id]))
+            self._book.end_with_result(request_id, done.results[request_id])
+
+    def _keep_checkpoints(self, done: TickDone) -> None:
+        for request_id, checkpoint in done.checkpoints.items():
+            request = self._book.requests.get(request_id)
+            if request is not None and self._scheduler.keep(request_id, checkpoint.done):
+                request.checkpoint = checkpoint.state
 
     # Requests.
 
@@ -403,9 +365,11 @@ class StageService:
                 case RequestState() as state:
                     self._admit(blob, state, on_answer)
                 case ProgressQuery() as query:
-                    self._watch_progress(query, on_answer)
+                    self._book.watch(query, on_answer)
                 case CancelOrder() as order:
-                    self._cancel(order, on_answer)
+                    self._book.cancel(order, on_answer)
+                case HealthQuery():
+                    on_answer(write_health(self.health()))
         except DiffusionError as error:
             on_answer(error)
         except Exception as error:
@@ -414,19 +378,10 @@ class StageService:
             on_answer(from_wire(*to_wire(error)))
 
     def _admit(self, blob: bytes, state: RequestState, on_answer: OnAnswer) -> None:
-        if state.request_id in self._requests:
-            raise InvalidRequestError(f"request id {state.request_id!r} is in use by a request that runs")
-        try:
-            self._scheduler.submit(self._work(state))
-        except QueueFullError:
+        if (unavailable := self._unavailable()) is not None:
             self._metrics.requests_refused_total += 1
-            raise
-        except DeadlineExceededError:
-            self._metrics.deadlines_exceeded_total += 1
-            raise
-        self._requests[state.request_id] = _Request(blob, state, on_answer)
-        if state.cancel_key:
-            self._by_cancel_key[state.cancel_key].add(state.request_id)
+            raise unavailable
+        self._book.add(HeldRequest(blob, state, on_answer), self._work(state))
 
     def _work(self, state: RequestState) -> Work:
         request = state.request
@@ -446,90 +401,3 @@ class StageService:
         """Tokens x steps of a request that leaves all to the checkpoint."""
         request = example_request(self._family.defaults(self._checkpoint))
         return self._work(RequestState("", request)).cost
-
-    def _cancel(self, order: CancelOrder, on_answer: OnAnswer) -> None:
-        named = {*order.request_ids, *self._by_cancel_key.get(order.cancel_key, ())} & self._requests.keys()
-        for request_id in named:
-            step = self._scheduler.entry(request_id).step
-            self._drop(request_id, RequestCancelledError(f"cancelled in {self._stage_model} after {step} steps"))
-        on_answer(write_num_cancelled(len(named)))
-
-    def _drop(self, request_id: str, error: DiffusionError) -> None:
-        """End a request before it is through; its rows are in no later step."""
-        entry = self._scheduler.entry(request_id)
-        group = self._replicas[entry.replica].group
-        if group is not None and entry.started_s is not None:
-            group.send(DropRequest(request_id=request_id))
-        self._end(request_id, error)
-
-    def _watch_progress(self, query: ProgressQuery, on_answer: OnAnswer) -> None:
-        request = self._requests.get(query.request_id)
-        if request is None:
-            on_answer(write_progress(_ENDED, None))
-            return
-        request.watchers.append((query, on_answer))
-        self._tell_watchers(query.request_id, request)
-
-    def _tell_watchers(self, request_id: str, request: _Request) -> None:
-        progress = self._progress(request_id)
-        for query, on_answer in list(request.watchers):
-            if progress.step > query.after_step:
-                request.watchers.remove((query, on_answer))
-                on_answer(
-                    write_progress(progress, request.preview if request.preview_step > query.after_step else None)
-                )
-
-    def _progress(self, request_id: str) -> Progress:
-        entry = self._scheduler.entry(request_id)
-        now = time.monotonic()
-        elapsed_s = now - (entry.started_s or now)
-        total = entry.work.num_steps
-        remaining_s = elapsed_s / entry.step * (total - entry.step) if entry.step else None
-        return Progress(entry.step, total, elapsed_s, remaining_s)
-
-    def _with_timings(self, request_id: str, blob: bytes) -> bytes:
-        """The result of a request, with what this stage measured."""
-        entry = self._scheduler.entry(request_id)
-        state = read_state(blob)
-        started_s = entry.started_s or entry.submitted_s
-        timings = StageTimings(queue_s=started_s - entry.submitted_s, run_s=time.monotonic() - started_s)
-        if entry.work.num_steps > 1 or self._stage_model == "denoising":
-            timings.steps_s = entry.steps_s
-        state.timings[self._stage_model] = timings
-        return replace_metadata(blob, state.metadata())
-
-    def _end(self, request_id: str, answer: Answer) -> None:
-        """The one place where a request leaves: its caller and all who watch it are told."""
-        entry = self._scheduler.remove(request_id)
-        request = self._requests.pop(request_id)
-        if key := request.state.cancel_key:
-            self._by_cancel_key[key].discard(request_id)
-            if not self._by_cancel_key[key]:
-                del self._by_cancel_key[key]
-        logger.info(
-            "%s: request %s %s after %d of %d steps, %.3f s",
-            self._stage_model,
-            request_id,
-            f"failed: {answer}" if isinstance(answer, DiffusionError) else "done",
-            entry.step,
-            entry.work.num_steps,
-            time.monotonic() - entry.submitted_s,
-        )
-        self._count_end(entry, answer)
-        request.on_answer(answer)
-        for _, on_answer in request.watchers:
-            on_answer(write_progress(_ENDED, None))
-
-    def _count_end(self, entry: Entry, answer: Answer) -> None:
-        now = time.monotonic()
-        started_s = entry.started_s or now
-        self._metrics.queue_seconds_total += started_s - entry.submitted_s
-        self._metrics.stage_seconds_total += now - started_s
-        if isinstance(answer, bytes):
-            self._metrics.requests_done_total += 1
-        elif isinstance(answer, RequestCancelledError):
-            self._metrics.requests_cancelled_total += 1
-        elif isinstance(answer, DeadlineExceededError):
-            self._metrics.deadlines_exceeded_total += 1
-        else:
-            self._metrics.requests_failed_total += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from triton_diffusion.families.base import ModelFamily, check_backend
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.loading.components import Components, load_components
+from triton_diffusion.runtime.faults import ordered_faults
 from triton_diffusion.runtime.rank_executor import RankExecutor
+from triton_diffusion.runtime.work import tokens_per_row
 from triton_diffusion.stages.plan import make_plan
 
 logger = logging.getLogger(__name__)
@@ -41,11 +44,12 @@ def load_stage(
     attention_backend: str = "auto",
     vae_tiling: VaeTiling = "auto",
     prompt_cache_bytes: int = 0,
+    checkpoint_steps: int = 0,
 ) -> LoadedStage:
     """Load one of the STAGE_MODELS (runtime/work.py); every rank of the group must call this.
 
     Raises:
-        ConfigurationError: the checkpoint or the attention backend cannot be used.
+        ConfigurationError: the checkpoint, the attention backend or an order for faults cannot be used.
     """
     checkpoint = open_checkpoint(model_path)
     family = find_family(checkpoint)
@@ -66,11 +70,26 @@ def load_stage(
             logger.warning("%s has no unconditional prediction: enable_cfg_parallel divides batches only", family.name)
         if not family.denoisers:
             check_backend(family.name, attention_backend)
-    if stage_model == "decoding":
+    if stage_model in ("decoding", "image_encoding"):
         family.check_tiles(group.size, vae_tiling)
         share_tiles(components["vae"], group, vae_tiling)
-    plan = make_plan(stage_model, family, components, group, prompt_cache_bytes=prompt_cache_bytes)
-    return LoadedStage(RankExecutor(plan, group), family, components)
+    plan = make_plan(
+        stage_model,
+        family,
+        components,
+        group,
+        prompt_cache_bytes=prompt_cache_bytes,
+        # On several ranks, or with "on", it is tiled anyway.
+        may_tile=vae_tiling == "auto" and group.size == 1,
+    )
+    executor = RankExecutor(
+        plan,
+        group,
+        tokens_per_row=partial(tokens_per_row, stage_model, family, checkpoint),
+        checkpoint_steps=checkpoint_steps,
+        faults=ordered_faults(stage_model, group.rank),
+    )
+    return LoadedStage(executor, family, components)
 
 
 def _prepare(transformer: Any, family: ModelFamily, mesh: Mesh, attention_backend: str) -> None:

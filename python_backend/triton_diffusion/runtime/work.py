@@ -21,7 +21,7 @@ def rows_and_steps(
 
 def tokens_per_row(stage_model: str, family: ModelFamily, checkpoint: Checkpoint, request: GenerationRequest) -> int:
     """What one row adds to a batch: the length of its sequences, those of the unconditional prediction too."""
-    sequences = 2 if request.uses_guidance else 1
+    sequences = 2 if family.uses_guidance(request, checkpoint) else 1
     match stage_model:
         case "denoising":
             return sequences * family.num_tokens(request, checkpoint)

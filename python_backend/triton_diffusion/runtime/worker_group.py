@@ -6,16 +6,17 @@ import glob
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import zmq
 
+from triton_diffusion import run_folder
 from triton_diffusion.config import StageConfig
 from triton_diffusion.runtime import messages
 from triton_diffusion.runtime.messages import FromRanks, Message, RankLaunch, Shutdown
@@ -51,16 +52,23 @@ class WorkerGroup:
         self._model_path = model_path
         self._config = config
         self.replica = replica
-        # The folder is only open to this user, and so is the socket in it.
-        self._run_dir = tempfile.mkdtemp(prefix="triton-diffusion-")
-        self._endpoint = f"ipc://{self._run_dir}/ranks"
+        # The folder is open to this user alone; in it are the socket and the file that the ranks meet at.
+        # Inside that of the server, if there is one: who kills all processes at once removes that.
+        self._run_dir = tempfile.mkdtemp(prefix="triton-diffusion-", dir=run_folder.find())
+        socket_path = os.path.join(self._run_dir, "ranks")
+        self._endpoint = f"ipc://{socket_path}"
         self.socket = context.socket(zmq.PAIR)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.bind(self._endpoint)
-        # The ranks meet at a store on a free port: opened here, so that nobody takes it, and served by rank 0.
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self._ranks = [self._spawn(rank, listener) for rank in range(config.ranks_per_replica)]
+        os.chmod(socket_path, 0o600)
+        self._ranks: list[_Rank] = []
+        try:
+            for rank in range(config.ranks_per_replica):
+                self._ranks.append(self._spawn(rank))
+        except BaseException:
+            self.stop(graceful=False)
+            raise
 
     @property
     def pidfds(self) -> list[int]:
@@ -104,8 +112,30 @@ class WorkerGroup:
                 ended.append(f"rank {index} (pid {rank.process.pid}) {how}")
         return "; ".join(ended) or None
 
+    def stopped_ranks(self) -> list[int]:
+        """Ranks that a signal has stopped (SIGSTOP), and that nothing has let go on yet."""
+        return [index for index, rank in enumerate(self._ranks) if _process_state(rank.process.pid) == "T"]
+
+    def kill(self) -> None:
+        """Send SIGKILL to all ranks; does not wait for their end."""
+        for rank in self._ranks:
+            rank.process.kill()
+
+    def have_ended(self) -> bool:
+        """Whether no rank is left; until then they may hold the memory of their devices."""
+        return all(rank.process.poll() is not None for rank in self._ranks)
+
+    def close(self) -> None:
+        """Remove what the ranks leave, when they have ended."""
+        for rank in self._ranks:
+            assert rank.process.stdin is not None
+            rank.process.stdin.close()
+            os.close(rank.pidfd)
+        self.socket.close()
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
     def stop(self, *, graceful: bool) -> None:
-        """End all ranks and remove what they leave; ranks that do not end by themselves are killed."""
+        """End all ranks, wait for that, and remove what they leave; those that do not end by themselves are killed."""
         if graceful:
             self.send(Shutdown())
             for rank in self._ranks:
@@ -113,45 +143,52 @@ class WorkerGroup:
                     rank.process.wait(_SHUTDOWN_TIMEOUT_S)
                 except subprocess.TimeoutExpired:
                     logger.warning("pid %d does not end, killing it", rank.process.pid)
+        self.kill()
         for rank in self._ranks:
-            rank.process.kill()
             rank.process.wait()
-            assert rank.process.stdin is not None
-            rank.process.stdin.close()
-            os.close(rank.pidfd)
-        self.socket.close()
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        self.close()
 
-    def _spawn(self, rank: int, listener: socket.socket) -> _Rank:
+    def _spawn(self, rank: int) -> _Rank:
         launch = RankLaunch(
             stage_model=self._stage_model,
             model_path=self._model_path,
             dtype=self._config.dtype,
             num_threads=self._config.threads_per_rank,
+            cores=self._cores() if self._config.take_turns else [],
             rank=rank,
             group_size=self._config.ranks_per_replica,
             replica=self.replica,
             max_batch_tokens=self._config.max_batch_tokens,
             warmup_sizes=self._config.warmup_sizes(),
+            checkpoint_steps=self._config.checkpoint_steps,
             prompt_cache_bytes=self._config.prompt_cache_bytes,
             parallel=self._config.parallel(self._stage_model),
             attention_backend=self._config.attention_backend,
             vae_tiling=self._config.vae_tiling,
             run_dir=self._run_dir,
             endpoint=self._endpoint,
-            store_port=listener.getsockname()[1],
-            store_fd=listener.fileno(),
         )
-        first_core = (self.replica * self._config.ranks_per_replica + rank) * launch.num_threads
+        first_core = self._first_core(rank)
         device_id = self._config.device_ids()[self.replica][rank]
         process = subprocess.Popen(
-            [sys.executable, "-m", "triton_diffusion.runtime.rank"],
+            # The names are for whoever looks at a list of processes; the rank itself reads its launch.
+            [
+                *(sys.executable, "-m", "triton_diffusion.runtime.rank"),
+                *("--stage", self._stage_model, "--replica", str(self.replica), "--rank", str(rank)),
+            ],
             stdin=subprocess.PIPE,
-            pass_fds=[listener.fileno()] if rank == 0 and launch.group_size > 1 else [],
             env=_rank_environment(os.environ, device_id, launch.num_threads, first_core),
         )
         _write_line(process, launch)
         return _Rank(process, os.pidfd_open(process.pid))
+
+    def _first_core(self, rank: int) -> int:
+        return (self.replica * self._config.ranks_per_replica + rank) * self._config.threads_per_rank
+
+    def _cores(self) -> list[int]:
+        """The cores that the threads of all ranks are meant for; none where there are GPUs."""
+        num_cores = self._config.ranks_per_replica * self._config.threads_per_rank
+        return [] if _has_gpus() else _cores_from(self._first_core(0), num_cores)
 
 
 def _rank_environment(base: Mapping[str, str], device_id: str, num_threads: int, first_core: int) -> dict[str, str]:
@@ -175,11 +212,20 @@ def _openmp_variables(num_threads: int, first_core: int) -> dict[str, str]:
     message wakes on its sibling's core waits there for a time slice of milliseconds, at every step: so each has a core.
     Threads that spin for long take the cores from the ranks of other stages: so they spin for microseconds.
     """
-    if num_threads == 1 or glob.glob("/dev/nvidia[0-9]*"):
+    if num_threads == 1 or _has_gpus():
         return {}
-    cores = sorted(os.sched_getaffinity(0))
-    places = [f"{{{cores[(first_core + index) % len(cores)]}}}" for index in range(num_threads)]
+    places = [f"{{{core}}}" for core in _cores_from(first_core, num_threads)]
     return {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(places), "GOMP_SPINCOUNT": "4000"}
+
+
+def _has_gpus() -> bool:
+    return bool(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def _cores_from(first: int, count: int) -> list[int]:
+    """The numbers of `count` cores of those that we may use, behind the last one from the front again."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[(first + index) % len(cores)] for index in range(count)]
 
 
 def _visible_device(base: Mapping[str, str], device_id: str) -> str:
@@ -192,6 +238,16 @@ def _visible_device(base: Mapping[str, str], device_id: str) -> str:
         return ""
     # -1 is no device: the rank says that it is missing.
     return ids[int(device_id)] if int(device_id) < len(ids) else "-1"
+
+
+def _process_state(pid: int) -> str:
+    """The letter of /proc/PID/stat, such as "T" for a process that was stopped; empty when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    # Behind the name of the program, which may hold brackets and blanks.
+    return text.rpartition(")")[2].split()[0]
 
 
 def _write_line(process: subprocess.Popen[bytes], value: msgspec.Struct) -> None:

@@ -7,7 +7,7 @@ policy.py), so a request joins at the next one and a row that has done its last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from triton_diffusion.config import PolicyName
@@ -107,8 +107,10 @@ class Scheduler:
         """All requests that are here, in the order in which they came."""
         return list(self._entries.values())
 
-    def learn_limits(self, max_batch_tokens: int, measurements: Sequence[Measurement]) -> None:
-        """Take over what a replica has measured; where replicas differ, the smallest batch holds for all."""
+    def learn_limits(self, max_batch_tokens: int, measurements: Sequence[Measurement] = ()) -> None:
+        """Take over what a replica has measured, or learnt later from running out of memory; the smallest batch of all
+        replicas holds for all.
+        """
         self.max_batch_tokens = min(self.max_batch_tokens, max_batch_tokens)
         self.cost_model.learn(measurements)
 
@@ -285,10 +287,20 @@ class Scheduler:
 
     # Replicas.
 
-    def reset_replica(self, replica: int) -> list[str]:
-        """Start the requests of a replica anew: its ranks have lost them. Returns those that had been started.
+    def keep(self, request_id: str, done: Sequence[int]) -> bool:
+        """Take note of a checkpoint: from these steps of each row a request goes on when its replica is reset.
 
-        These run alone from now on, so that one which kills its ranks again takes no other down with it.
+        False where it cannot be one of this request, such as that of an earlier one of the same id: then its blob must
+        not be used. Raises KeyError when the request is not here.
+        """
+        return self._entries[request_id].keep(done)
+
+    def reset_replica(self, replica: int, *, alone: Collection[str] | None = None) -> list[str]:
+        """Take the requests of a replica back to their last checkpoint, or to their beginning where there is none: its
+        ranks have lost them. Returns those that had been started; they are not any more, so they can move.
+
+        alone: those that run alone from now on, so that one which kills its ranks again takes no other down with it;
+        None: all.
         """
         queue = self._replicas[replica]
         for tick_id in queue.ticks:
@@ -301,20 +313,47 @@ class Scheduler:
             queue.work_left -= entry.work_left
             entry.restart(now_s)
             queue.work_left += entry.work_left
-            entry.alone = True
+            entry.alone = alone is None or request_id in alone
         return lost
 
-    def set_available(self, replica: int, available: bool) -> None:
-        """Say whether a replica takes work; what waits for one that does not goes to those that do."""
+    def set_available(self, replica: int, available: bool, *, keep: Collection[str] = ()) -> list[str]:
+        """Say whether a replica takes work. What is not started and waits for one that does not goes to those that do,
+        but for `keep`; one that takes work again is given its part of what waits elsewhere. Returns what has moved.
+        """
         indices = {*self._available, replica} if available else {*self._available} - {replica}
         self._available = sorted(indices)
-        if available or not self._available:
-            return
+        if available:
+            return self._share_with(replica)
+        if not self._available:
+            return []
+        waiting = [
+            request_id
+            for request_id, entry in self._replicas[replica].entries.items()
+            if entry.started_s is None and request_id not in keep
+        ]
+        for request_id in waiting:
+            self._move(self._entries[request_id], self._least_loaded())
+        return waiting
+
+    def _share_with(self, replica: int) -> list[str]:
+        """Give a replica what is due last elsewhere and not started, until it has no less work than they."""
         queue = self._replicas[replica]
-        for entry in [entry for entry in queue.entries.values() if entry.started_s is None]:
-            queue.discard(entry)
-            entry.replica = self._least_loaded()
-            self._replicas[entry.replica].add(entry)
+        waiting = [
+            entry
+            for entry in self._entries.values()
+            if entry.replica != replica and entry.started_s is None and not entry.alone
+        ]
+        moved = []
+        for entry in sorted(waiting, key=lambda entry: entry.due_s, reverse=True):
+            if self._replicas[entry.replica].work_left - entry.work_left >= queue.work_left + entry.work_left:
+                self._move(entry, replica)
+                moved.append(entry.work.request_id)
+        return moved
+
+    def _move(self, entry: Entry, replica: int) -> None:
+        self._replicas[entry.replica].discard(entry)
+        entry.replica = replica
+        self._replicas[replica].add(entry)
 
     def requests_of(self, replica: int) -> list[str]:
         """The requests that are placed on a replica."""

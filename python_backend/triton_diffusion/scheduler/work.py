@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,6 +68,8 @@ class Entry:
     """For each row, steps that have been put in a tick."""
     done: list[int] = field(default_factory=list)
     """For each row, steps that have come back."""
+    kept: list[int] = field(default_factory=list)
+    """For each row, steps that are in its last checkpoint: what a death of the ranks does not take."""
     steps_s: list[float] = field(default_factory=list)
     """Duration of each step of row 0."""
     alone: bool = False
@@ -82,21 +85,32 @@ class Entry:
 
     def __post_init__(self) -> None:
         self._waits_since_s = self.submitted_s
-        self._forget_progress()
+        self.kept = [0] * self.work.num_rows
+        self._go_back()
 
-    def _forget_progress(self) -> None:
-        self.planned = [0] * self.work.num_rows
-        self.done = [0] * self.work.num_rows
-        self.steps_left = self.unplanned = self.work.num_rows * self.work.num_steps
+    def _go_back(self) -> None:
+        """To what is kept."""
+        self.planned = list(self.kept)
+        self.done = list(self.kept)
+        self.steps_left = self.unplanned = self.work.num_rows * self.work.num_steps - sum(self.kept)
         self.started_s = None
-        self.steps_s = []
+        self.steps_s = self.steps_s[: self.kept[0]]
         self.ticks_out = 0
 
+    def keep(self, done: Sequence[int]) -> bool:
+        """Take note of a checkpoint; False, and nothing changes, where it is not one of this request's own past."""
+        if len(done) != self.work.num_rows or any(
+            not kept <= steps <= came_back for kept, steps, came_back in zip(self.kept, done, self.done, strict=True)
+        ):
+            return False
+        self.kept = list(done)
+        return True
+
     def restart(self, now_s: float) -> None:
-        """Forget all progress: the replica that held it is gone."""
+        """Go back to the last checkpoint, or to the beginning: the replica that held the rest is gone."""
         if self.ticks_out:
             self._waits_since_s = now_s
-        self._forget_progress()
+        self._go_back()
 
     def leave(self, rows: int, num_steps: int, now_s: float) -> None:
         """Note that a tick takes `rows` rows of this request `num_steps` further."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -49,13 +49,19 @@ class DenoiseRow:
     conditioning: dict[str, torch.Tensor]
     negative_conditioning: dict[str, torch.Tensor] | None
     shared: dict[str, torch.Tensor]
-    guidance_scale: float
+    guidance_scales: list[float]
+    """Of each step."""
     preview_interval: int
     generator: torch.Generator
     step: int = 0
     prediction: torch.Tensor | None = None
     preview: torch.Tensor | None = None
     """Estimate of the clean latents (1, ...) at a step that wants a preview."""
+    initial_noise_state: dict[str, Any] = field(init=False)
+    """The attributes of `noise_scheduler` at the first step."""
+
+    def __post_init__(self) -> None:
+        self.initial_noise_state = dict(vars(self.noise_scheduler))
 
 
 @dataclass
@@ -138,11 +144,33 @@ class TickStage(PipelineStage[Item]):
         """How many ticks each row of a request takes."""
         return [1]
 
+    def steps_done(self, request: StageRequest) -> list[int]:
+        """How many of them each row is through."""
+        return [0]
+
     def commit(self, batch: Sequence[Item]) -> None:
         """Make the results of `forward` count."""
 
     def collect(self, request: StageRequest) -> None:
         """Rank 0 alone: make the request's outputs, once all its rows are through."""
+
+    def checkpoint(self, request: StageRequest) -> Callable[[], bytes] | None:
+        """Rank 0 alone: copy how far a request is; what is returned makes a blob of the copy, once, at any later time.
+
+        None: this stage has no steps to go on from.
+        """
+        return None
+
+    def resume(self, request: StageRequest, checkpoint: bytes) -> None:
+        """Put a request that has been prepared where it was at a checkpoint; raises StageError."""
+        raise StageError(f"{self.name} has no checkpoints")
+
+    def need_less_memory(self, item: Item) -> bool:
+        """A forward pass of this item alone ran out of memory: find a way that takes less of it, for the next one.
+
+        False: there is none.
+        """
+        return False
 
     def limit_batch(self, max_batch_tokens: int) -> None:
         """Take note of what a forward pass may hold at most, where one item can be more than that."""

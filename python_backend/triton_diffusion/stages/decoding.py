@@ -15,16 +15,23 @@ from triton_diffusion.loading.components import Components
 from triton_diffusion.request import GenerationRequest
 from triton_diffusion.stages.base import StageRequest, TickStage
 
+_Size = tuple[int, int, int]
+"""(height, width, frames)."""
+_TILED = "decoded in tiles, since it does not fit in the memory whole: edges of tiles may show"
+
 
 class DecodingStage(TickStage[StageRequest]):
     """Decodes the pictures of a batch in one pass; rank 0 encodes them, so that no raw frame leaves unasked."""
 
     name = "decoding"
 
-    def __init__(self, family: ModelFamily, components: Components) -> None:
+    def __init__(self, family: ModelFamily, components: Components, *, may_tile: bool = False) -> None:
+        """may_tile: whether what does not fit in memory whole may be decoded in tiles, which changes it a little."""
         self._family = family
         self._decode = family.decode
         self._components = components
+        self._may_tile = may_tile and hasattr(components["vae"], "use_tiling")
+        self._tiled_sizes: set[_Size] = set()
         self._max_batch_tokens: int | None = None
         self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
 
@@ -35,6 +42,18 @@ class DecodingStage(TickStage[StageRequest]):
     def limit_batch(self, max_batch_tokens: int) -> None:
         """A request is one row, whatever its number of pictures: they may need several passes."""
         self._max_batch_tokens = max_batch_tokens
+
+    def need_less_memory(self, item: StageRequest) -> bool:
+        """Half as many pictures in a pass, and in the end one in tiles; that for all of its size from now on."""
+        request = item.request
+        pictures = min(request.num_outputs, self._pictures_per_pass(request) or request.num_outputs)
+        if pictures > 1:
+            self._max_batch_tokens = pictures // 2 * self._tokens_per_picture(request)
+            return True
+        if self._may_tile and _size(request) not in self._tiled_sizes:
+            self._tiled_sizes.add(_size(request))
+            return True
+        return False
 
     def verify_input(self, item: StageRequest) -> None:
         """Denoising left latents."""
@@ -50,7 +69,9 @@ class DecodingStage(TickStage[StageRequest]):
         if pictures.ndim == 5 and pictures.shape[1] == 1:
             pictures = pictures[:, 0]
         start = 0
+        is_tiled = _size(batch[0].request) in self._tiled_sizes
         for item in batch:
+            item.warnings[:] = [_TILED] if is_tiled else []
             end = start + item.inputs["latents"].shape[0]
             item.outputs["videos" if pictures.ndim == 5 else "pictures"] = pictures[start:end]
             start = end
@@ -73,10 +94,25 @@ class DecodingStage(TickStage[StageRequest]):
         def decode() -> torch.Tensor:
             return self._decode.decode(self._components, latents, request)
 
-        decoder = self._components["vae"].decoder
-        return decoder.run(decode) if isinstance(decoder, SharedTiles) else decode()
+        vae = self._components["vae"]
+        if isinstance(vae.decoder, SharedTiles):
+            return vae.decoder.run(decode)
+        if _size(request) not in self._tiled_sizes:
+            return decode()
+        vae.enable_tiling()
+        try:
+            return decode()
+        finally:
+            vae.disable_tiling()
 
     def _pictures_per_pass(self, request: GenerationRequest) -> int | None:
         if self._max_batch_tokens is None:
             return None
-        return max(1, self._max_batch_tokens // self._family.num_image_tokens(request, self._components.checkpoint))
+        return max(1, self._max_batch_tokens // self._tokens_per_picture(request))
+
+    def _tokens_per_picture(self, request: GenerationRequest) -> int:
+        return self._family.num_image_tokens(request, self._components.checkpoint)
+
+
+def _size(request: GenerationRequest) -> _Size:
+    return request.height, request.width, request.num_frames

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.families.schedules import clean_estimate
 from triton_diffusion.loading.components import Components
 from triton_diffusion.stages.base import DenoiseRow, StageParallelism, StageRequest, TickStage, require_finite
+from triton_diffusion.stages.row_state import RowStates, UnknownStateError, restore_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class DenoisingStage(TickStage[DenoiseRow]):
         """Those of its schedule."""
         return [len(row.timesteps) for row in request.rows]
 
+    def steps_done(self, request: StageRequest) -> list[int]:
+        """The position of each row in its schedule."""
+        return [row.step for row in request.rows]
+
     def verify_input(self, item: DenoiseRow) -> None:
         """The row has a step left."""
         if item.step >= len(item.timesteps):
@@ -77,7 +85,7 @@ class DenoisingStage(TickStage[DenoiseRow]):
         for index, row_index in enumerate(stacked.guided, len(batch)):
             row, unconditional = batch[row_index], predictions[index : index + 1]
             assert row.prediction is not None
-            row.prediction = self._family.mix_guidance(row.prediction, unconditional, row.guidance_scale)
+            row.prediction = self._family.mix_guidance(row.prediction, unconditional, row.guidance_scales[row.step])
 
     def _predict(self, batch: _Batch) -> torch.Tensor:
         """The predictions (n, ...) of this rank; n may be 0."""
@@ -110,6 +118,18 @@ class DenoisingStage(TickStage[DenoiseRow]):
     def forget(self) -> None:
         """Drop the rows of the last batch."""
         self._last_batch = _Batch((), [], slice(0), {})
+
+    def checkpoint(self, request: StageRequest) -> Callable[[], bytes] | None:
+        """The rows as they stand; None with a noise scheduler whose state cannot be copied."""
+        try:
+            return RowStates(request.rows).pack
+        except UnknownStateError as error:
+            logger.warning("no checkpoint of a request with %s: %s", type(request.rows[0].noise_scheduler), error)
+            return None
+
+    def resume(self, request: StageRequest, checkpoint: bytes) -> None:
+        """The rows as they stood."""
+        restore_rows(request.rows, checkpoint)
 
     def collect(self, request: StageRequest) -> None:
         """Outputs: latents (num_outputs, ...)."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from triton_diffusion.distributed.tiles import SharedTiles
 from triton_diffusion.errors import StageError
 from triton_diffusion.families.base import ModelFamily
 from triton_diffusion.loading.components import Components
@@ -35,11 +36,18 @@ class ImageEncodingStage(TickStage[StageRequest]):
     def forward(self, batch: Sequence[StageRequest]) -> None:
         """Leave what the family makes of the pictures in the outputs."""
         for item in batch:
-            item.outputs.update(self._family.encode.encode_images(self._components, item.images, item.request))
+            item.outputs.update(self._encode(item))
 
     def verify_output(self, item: StageRequest) -> None:
         """All of it is finite."""
         item.require_outputs(*item.outputs)
+
+    def _encode(self, item: StageRequest) -> dict[str, torch.Tensor]:
+        def encode() -> dict[str, torch.Tensor]:
+            return self._family.encode.encode_images(self._components, item.images, item.request)
+
+        encoder = self._components["vae"].encoder
+        return encoder.run(encode) if isinstance(encoder, SharedTiles) else encode()
 
 
 def require_images(item: StageRequest) -> None:

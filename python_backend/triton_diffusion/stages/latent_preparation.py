@@ -17,7 +17,7 @@ class LatentPreparationStage(PipelineStage[StageRequest]):
     name = "latent_preparation"
 
     def __init__(self, family: ModelFamily, components: Components) -> None:
-        self._denoise = family.denoise
+        self._family = family
         self._components = components
 
     def forward(self, batch: Sequence[StageRequest]) -> None:
@@ -26,8 +26,10 @@ class LatentPreparationStage(PipelineStage[StageRequest]):
             assert item.conditioning is not None
             request, inputs = item.request, item.inputs
             generators = [torch.Generator().manual_seed(seed) for seed in request.output_seeds]
-            latents = self._denoise.prepare_latents(self._components, request, inputs, item.schedules[0], generators)
-            shared = self._denoise.shared_inputs(self._components, request, inputs)
+            latents = self._family.denoise.prepare_latents(
+                self._components, request, inputs, item.schedules[0], generators
+            )
+            shared = self._family.shared_inputs(self._components, request, inputs)
             negative = item.conditioning.negative
             item.rows = [
                 DenoiseRow(
@@ -38,7 +40,9 @@ class LatentPreparationStage(PipelineStage[StageRequest]):
                     conditioning=_of_output(item.conditioning.positive, index),
                     negative_conditioning=None if negative is None else _of_output(negative, index),
                     shared=shared,
-                    guidance_scale=request.guidance_scale,
+                    guidance_scales=self._family.guidance_scales(
+                        request, schedule.timesteps, self._components.checkpoint
+                    ),
                     preview_interval=request.preview_interval,
                     generator=generator,
                 )

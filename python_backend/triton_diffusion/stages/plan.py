@@ -31,7 +31,13 @@ class StagePlan:
 
 
 def make_plan(
-    stage_model: str, family: ModelFamily, components: Components, group: RankGroup, *, prompt_cache_bytes: int = 0
+    stage_model: str,
+    family: ModelFamily,
+    components: Components,
+    group: RankGroup,
+    *,
+    prompt_cache_bytes: int = 0,
+    may_tile: bool = False,
 ) -> StagePlan:
     """The plan of a stage model, one of STAGE_MODELS (runtime/work.py)."""
     match stage_model:
@@ -44,13 +50,13 @@ def make_plan(
         case "denoising":
             return StagePlan(
                 (
-                    ConditioningStage(components),
+                    ConditioningStage(family, components),
                     TimestepPreparationStage(family, components),
                     LatentPreparationStage(family, components),
                 ),
                 DenoisingStage(family, components, group),
             )
         case "decoding":
-            return StagePlan((), DecodingStage(family, components))
+            return StagePlan((), DecodingStage(family, components, may_tile=may_tile))
         case _:
             raise ValueError(f"there is no stage model {stage_model!r}")

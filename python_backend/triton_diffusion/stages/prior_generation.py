@@ -9,6 +9,11 @@ from triton_diffusion.loading.components import Components
 from triton_diffusion.stages.base import StageParallelism, StageRequest, TickStage
 from triton_diffusion.stages.image_encoding import require_images
 
+_SHARED = (
+    "all {} outputs have the prior of the first, as in the diffusers pipeline; drawn again alone with its seed, "
+    "any other has a prior of its own, and is another picture"
+)
+
 
 class PriorGenerationStage(TickStage[StageRequest]):
     """Samples the prior of each request of a batch.
@@ -36,6 +41,9 @@ class PriorGenerationStage(TickStage[StageRequest]):
         """Leave the samples in the outputs."""
         for item in batch:
             item.outputs.update(self._prior.generate_prior(self._components, item.request, item.images))
+            num_outputs = item.request.num_outputs
+            # The seeds that come with the outputs are otherwise enough to draw each of them again alone.
+            item.warnings = [] if num_outputs == 1 else [_SHARED.format(num_outputs)]
 
     def verify_output(self, item: StageRequest) -> None:
         """All of it is finite."""

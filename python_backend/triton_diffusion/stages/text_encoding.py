@@ -34,7 +34,9 @@ class TextEncodingStage(TickStage[StageRequest]):
     def forward(self, batch: Sequence[StageRequest]) -> None:
         """Leave the conditioning of every request in its outputs."""
         jobs = [(item, self._prompt(item, is_negative=False)) for item in batch]
-        jobs += [(item, self._prompt(item, is_negative=True)) for item in batch if item.request.uses_guidance]
+        checkpoint = self._components.checkpoint
+        guided = [item for item in batch if self._family.uses_guidance(item.request, checkpoint)]
+        jobs += [(item, self._prompt(item, is_negative=True)) for item in guided]
         keys = [self._key(prompt, item.request) for item, prompt in jobs]
         prompts = {key: prompt for key, (_, prompt) in zip(keys, jobs, strict=True)}
         by_key = self._encode_new(prompts, batch[0].request.max_sequence_length)

@@ -1,0 +1,85 @@
+"""Worker groups on the same cores take turns, and none waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from triton_diffusion.runtime.turns import Turns
+
+_HOLD = """
+import sys
+from pathlib import Path
+from triton_diffusion.runtime.turns import Turns
+with Turns(Path(sys.argv[1]), [0, 1]).take():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def _holder(folder: Path) -> subprocess.Popen[str]:
+    """A process that has cores 0 and 1."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_turn_waits_for_the_one_before(tmp_path: Path) -> None:
+    with _holder(tmp_path) as process:
+        turns = Turns(tmp_path, [1], patience_s=60)
+        ended = threading.Timer(0.1, process.kill)
+        ended.start()
+        with turns.take() as alone:
+            assert alone
+            assert ended.finished.is_set()
+    turns.close()
+
+
+def test_other_cores_do_not_wait(tmp_path: Path) -> None:
+    with _holder(tmp_path) as process:
+        with Turns(tmp_path, [2, 3], patience_s=0).take() as alone:
+            assert alone
+        process.communicate("")
+
+
+def test_a_process_that_is_stopped_delays_the_others_but_once(tmp_path: Path) -> None:
+    with _holder(tmp_path) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        with Turns(tmp_path, [0, 1], patience_s=0.05).take() as alone:
+            assert not alone
+        process.kill()
+
+
+def test_a_process_that_dies_gives_its_cores_back(tmp_path: Path) -> None:
+    with _holder(tmp_path) as process:
+        process.kill()
+    with Turns(tmp_path, [0, 1], patience_s=0).take() as alone:
+        assert alone
+
+
+def test_nobody_has_a_second_turn_while_another_waits(tmp_path: Path) -> None:
+    order: list[str] = []
+    first, second = Turns(tmp_path, [0], patience_s=60), Turns(tmp_path, [0], patience_s=60)
+
+    def run(name: str, turns: Turns) -> None:
+        for _ in range(20):
+            with turns.take():
+                order.append(name)
+                # Long enough for the other one to come into the queue.
+                threading.Event().wait(0.005)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in (("a", first), ("b", second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    both = "".join(order)[: 2 * 18]
+    assert "aaa" not in both
+    assert "bbb" not in both
