@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
-from triton_diffusion.config import ChainConfig, ParallelConfig, StageConfig
+from triton_diffusion.config import ChainConfig, ParallelConfig, RequestLimits, StageConfig
 from triton_diffusion.errors import ConfigurationError
 
 
@@ -27,6 +29,7 @@ def test_every_field_is_read_back_from_its_text(config_class: type[StageConfig] 
         "ring_degree": "2",
         "ulysses_degree": "2",
         "enable_cfg_parallel": "True",
+        "take_turns": "False",
         "vae_tiling": "on",
         "scheduling_policy": "fifo",
         "warmup_resolutions": "1024x1024,512x768",
@@ -173,6 +176,7 @@ def test_degrees_that_do_not_make_up_the_ranks_are_refused_with_all_numbers(
         ("denoising", {"enable_cfg_parallel": True, "ring_degree": 2}, ParallelConfig(cfg=2, ring=2)),
         ("text_encoding", {}, ParallelConfig(tp=4)),
         ("decoding", {}, ParallelConfig()),
+        ("image_encoding", {}, ParallelConfig()),
     ],
 )
 def test_ranks_that_no_degree_names_are_for_ulysses_tensors_or_tiles(
@@ -257,3 +261,10 @@ def test_threads_are_shared_between_the_ranks_but_never_none() -> None:
     assert StageConfig(num_gpus=10_000).threads_per_rank == 1
     assert StageConfig(num_gpus=1).threads_per_rank >= 1
     assert StageConfig(num_gpus=10_000, num_threads=3).threads_per_rank == 3
+
+
+def test_the_limits_that_are_documented_are_the_defaults() -> None:
+    text = (Path(__file__).parents[1] / ".github" / "SECURITY.md").read_text()
+    documented = dict(re.findall(r"^\| `(max_\w+)` \| (\d+) \|", text, re.MULTILINE))
+    defaults = {field.name: str(field.default) for field in dataclasses.fields(RequestLimits)}
+    assert documented == {name: value for name, value in defaults.items() if name.startswith("max_")}

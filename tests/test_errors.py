@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from triton_diffusion import errors
-from triton_diffusion.errors import DiffusionError, StageError, from_wire, nearest_name_hint, to_wire
+from triton_diffusion.errors import (
+    ConfigurationError,
+    DiffusionError,
+    InvalidRequestError,
+    StageError,
+    WorkerGroupError,
+    caller_message,
+    from_wire,
+    nearest_name_hint,
+    to_wire,
+)
 
 TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DiffusionError)]
 CONCRETE = [kind for kind in TREE if kind is not DiffusionError]
@@ -47,3 +57,31 @@ def test_a_close_name_is_offered() -> None:
 
 def test_no_name_is_offered_for_one_that_is_like_none() -> None:
     assert nearest_name_hint("zzz", ["prompt", "seed"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("OSError: cannot read /srv/models/flux/vae/config.json", "OSError: cannot read <path>"),
+        ("ValueError: no\n\nAt:\n  /srv/models/1/model.py(7): execute\n", "ValueError: no"),
+        ("RuntimeError: no\nTraceback (most recent call last):\n  File x", "RuntimeError: no"),
+        ("c10::Error: no\nException raised from f at /src/a.cpp:1 (most recent call first):", "c10::Error: no"),
+        (
+            "rank 0 failed after 3/4 of 64x64 at 1.5 it/s and/or later",
+            "rank 0 failed after 3/4 of 64x64 at 1.5 it/s and/or later",
+        ),
+    ],
+)
+def test_a_caller_sees_neither_tracebacks_nor_paths_of_the_server(message: str, shown: str) -> None:
+    for error_class in (StageError, WorkerGroupError, ConfigurationError):
+        assert caller_message(error_class(message)) == shown
+
+
+def test_a_caller_sees_the_path_that_it_has_sent_itself() -> None:
+    assert caller_message(InvalidRequestError("image is the path '/etc/passwd'")) == "image is the path '/etc/passwd'"
+
+
+def test_a_long_message_is_cut_at_a_whole_character() -> None:
+    """gRPC has room for 8 KB of it, in which a byte that is not ASCII takes three."""
+    message = caller_message(InvalidRequestError("ü" * 20_000))
+    assert message == "ü" * 1000 + "..."

@@ -36,6 +36,8 @@ CHANGES_PICTURES = replace(DEFAULTS, max_images=1, strength=0.6)
 VIDEO = replace(DEFAULTS, num_frames=81, frame_step=4, fps=16.0, flow_shift=3.0)
 ANIMATES = replace(VIDEO, min_images=1, max_images=2)
 UNDISTILLED = replace(DEFAULTS, embedded_guidance_scale=None)
+EXPERTS = replace(UNDISTILLED, guidance_scale=5.0, has_guidance_scale_2=True)
+UNGUIDED = replace(UNDISTILLED, guidance_threshold=math.inf)
 LIMITS = ChainConfig(max_pixels=1024 * 1024, max_num_inference_steps=50, max_num_outputs=4, max_prompt_bytes=100)
 
 
@@ -76,7 +78,7 @@ def test_what_is_given_is_kept() -> None:
         "deadline_s": 12.5,
         "deadline_action": "drop",
     }
-    of_others = {"num_frames": 1, "fps": 0.0, "flow_shift": None, "strength": None}
+    of_others = {"num_frames": 1, "fps": 0.0, "flow_shift": None, "strength": None, "guidance_scale_2": None}
     assert values.keys() | of_others.keys() == set(INPUT_NAMES)
     assert resolve(**values).to_json() == values | of_others | {"num_images": 0}
 
@@ -120,12 +122,6 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
 
 def test_each_output_has_a_seed_of_its_own() -> None:
     assert resolve(seed=9, num_outputs=3).output_seeds == [9, 10, 11]
-
-
-def test_guidance_starts_above_one() -> None:
-    assert not resolve(guidance_scale=1.0).uses_guidance
-    assert not resolve(guidance_scale=0.0).uses_guidance
-    assert resolve(guidance_scale=1.01).uses_guidance
 
 
 @pytest.mark.parametrize(
@@ -197,6 +193,25 @@ def test_a_negative_prompt_without_effect_is_warned_of() -> None:
     assert warnings_of(UNDISTILLED, negative_prompt="dark", guidance_scale=2.0) == []
 
 
+def test_what_has_an_effect_depends_on_where_the_guidance_of_the_checkpoint_starts() -> None:
+    starts_at_0 = replace(UNDISTILLED, guidance_threshold=0.0)
+    assert warnings_of(starts_at_0, negative_prompt="dark", guidance_scale=0.1) == []
+    (warning,) = warnings_of(starts_at_0, negative_prompt="dark", guidance_scale=0.0)
+    assert "set it above 0" in warning
+    guidance, negative = warnings_of(UNGUIDED, negative_prompt="dark", guidance_scale=4.0)
+    assert "guidance_scale has no effect: this checkpoint is distilled" in guidance
+    assert "negative_prompt has no effect" in negative
+    assert warnings_of(UNGUIDED) == warnings_of(UNGUIDED, guidance_scale=1.0) == []
+
+
+def test_low_noise_has_a_guidance_scale_of_its_own_where_a_transformer_of_its_own_makes_it() -> None:
+    assert resolve(EXPERTS).guidance_scale_2 is None, "as guidance_scale"
+    assert resolve(EXPERTS, guidance_scale_2=3.0).guidance_scale_2 == 3.0
+    (warning,) = warnings_of(EXPERTS, guidance_scale=1.0, guidance_scale_2=3.0)
+    assert "guidance_scale_2 has no effect at guidance_scale=1.0" in warning
+    assert warnings_of(EXPERTS, guidance_scale_2=3.0) == []
+
+
 def test_doubled_work_on_a_distilled_checkpoint_is_warned_of() -> None:
     (warning,) = warnings_of(DEFAULTS, guidance_scale=2.0)
     assert "embedded_guidance_scale" in warning
@@ -234,6 +249,8 @@ def test_a_single_frame_of_a_video_model_is_a_picture() -> None:
         (VIDEO, {"fps": math.nan}, "fps=nan must be above 0"),
         (DEFAULTS, {"flow_shift": 3.0}, "flow_shift=3.0: the schedule of this model has no shift to set"),
         (VIDEO, {"flow_shift": 0.0}, "flow_shift=0.0 must be above 0 and at most 100"),
+        (DEFAULTS, {"guidance_scale_2": 3.0}, "guidance_scale_2=3.0: this model has no second transformer"),
+        (EXPERTS, {"guidance_scale_2": -1.0}, "guidance_scale_2=-1.0 must be a finite number between 0 and 1000"),
         (DEFAULTS, {"strength": 0.5}, "strength=0.5: this model does not start from a picture"),
         (CHANGES_PICTURES, {"strength": 0.5}, "send it as image, too"),
         (CHANGES_PICTURES, {"strength": 0.0, "num_images": 1}, "strength=0.0 must be above 0"),
@@ -276,7 +293,7 @@ def test_tasks_follow_from_what_goes_in_and_comes_out(defaults: RequestDefaults,
     assert describe_tasks(defaults) == tasks
 
 
-@pytest.mark.parametrize("defaults", [DEFAULTS, UNDISTILLED, CHANGES_PICTURES, VIDEO, ANIMATES])
+@pytest.mark.parametrize("defaults", [DEFAULTS, EXPERTS, UNGUIDED, CHANGES_PICTURES, VIDEO, ANIMATES])
 def test_every_parameter_that_is_described_is_taken_at_its_bounds(defaults: RequestDefaults) -> None:
     """And those that are not described are refused, or have no effect."""
     described = describe_parameters(defaults, LIMITS)
@@ -292,3 +309,34 @@ def test_every_parameter_that_is_described_is_taken_at_its_bounds(defaults: Requ
             frames = {"num_frames": 1 + defaults.frame_step} if name == "output_format" and defaults.frame_step else {}
             others = {"height": 16, "width": 16} if name in ("height", "width") else {}
             resolve(defaults, **images | frames | others | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "num_frames", "num_inference_steps", "num_outputs"),
+    [
+        (1024, 1024, 1, 50, 8),
+        (2048, 2048, 1, 50, 8),
+        (704, 1280, 121, 50, 2),
+        (720, 1280, 129, 50, 3),
+    ],
+    ids=["FLUX, Qwen-Image, GLM-Image", "the largest picture", "Wan 2.2", "HunyuanVideo"],
+)
+def test_what_the_pipelines_draw_by_default_is_far_below_the_default_limits(
+    height: int, width: int, num_frames: int, num_inference_steps: int, num_outputs: int
+) -> None:
+    given = {
+        "prompt": "a cat",
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "num_outputs": num_outputs,
+    }
+    resolve_request(given, VIDEO if num_frames > 1 else DEFAULTS, ChainConfig())
+
+
+def test_values_that_are_allowed_each_may_cost_too_much_together() -> None:
+    with pytest.raises(
+        InvalidRequestError, match=r"num_frames=1025 x num_outputs=4 .*allows 50000000000 .*max_pixel_s"
+    ):
+        resolve(VIDEO, num_frames=1025, num_outputs=4, num_inference_steps=50)

@@ -249,6 +249,8 @@ def test_a_state_with_other_values_is_read_or_is_an_invalid_request(changed: dic
         {"guidance_scale": float("nan")},
         {"guidance_scale": "2"},
         {"embedded_guidance_scale": float("inf")},
+        {"guidance_scale_2": float("nan")},
+        {"guidance_scale_2": "2"},
         {"seed": float("nan")},
         {"seed": None},
         {"max_sequence_length": 0},

@@ -8,18 +8,21 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
 from triton_diffusion import repository
+from triton_diffusion._admin import KEY_HEADER, KEY_VARIABLE, RESTRICTED_APIS
 from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, PolicyName, StageConfig, VaeTiling
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families.registry import check_checkpoint, check_parallel, find_family
 from triton_diffusion.loading.checkpoint import DEMO, Checkpoint, open_checkpoint
 from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.server import StartProgress, TritonServer, describe_exit
+from triton_diffusion.supervisor import Supervisor
 
 _LOG_ARGUMENTS = {
     "debug": ["--log-verbose=1"],
@@ -60,6 +63,21 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--startup-timeout-s", type=int, metavar="S", help="seconds that loading may take (default: 1800)"
+    )
+    group.add_argument(
+        "--admin-key",
+        default=os.environ.get(KEY_VARIABLE) or None,
+        metavar="KEY",
+        help=f"opens Triton's {', '.join(RESTRICTED_APIS)} to requests with the header {KEY_HEADER}: KEY (over gRPC "
+        f"triton-grpc-protocol-{KEY_HEADER}); also ${KEY_VARIABLE}. tritonserver gets it as an argument, that users "
+        "of this machine can see (default: a random key, so that they are closed)",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="how often in 10 minutes a server that died is started again before it is given up (default: %(default)s)",
     )
     group.add_argument(
         "--tritonserver",
@@ -137,9 +155,18 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-encoder-tp-size", type=int, metavar="SIZE", help="ranks that share the text encoder (default: 1)"
     )
     group.add_argument(
-        "--vae-parallel-size", type=int, metavar="SIZE", help="ranks that share the tiles of a picture (default: 1)"
+        "--vae-parallel-size",
+        type=int,
+        metavar="SIZE",
+        help="ranks that share the tiles of a picture, to decode one or to encode a given one (default: 1)",
     )
-    add("vae_tiling", str, "decode in tiles; auto: where several ranks share them", get_args(VaeTiling))
+    add(
+        "vae_tiling",
+        str,
+        "decode in tiles, which takes less memory; auto: where several ranks share them. For slicing, one picture or "
+        "video after the other, --set decoding.max_batch_tokens=1",
+        get_args(VaeTiling),
+    )
     add("attention_backend", str, "auto, torch_sdpa, cudnn, flash_attn, sage_attn or flex")
     add("dtype", str, "compute type of the weights", get_args(Dtype))
     add("num_threads", int, "torch threads of a rank on the CPU; 0: the cores divided by the ranks")
@@ -171,7 +198,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("max_num_inference_steps", int, "denoising steps of one request at most")
     add("max_num_frames", int, "frames of a video at most")
     add("max_num_outputs", int, "pictures or videos of one request at most")
-    add("max_image_pixels", int, "height x width of a picture that a request brings at most")
+    add("max_image_pixels", int, "height x width of all pictures together that a request brings at most")
+    add("max_pixel_steps", int, "height x width x frames x outputs x steps of a request at most")
     group.add_argument(
         "--response-cache",
         type=_size_bytes,
@@ -209,7 +237,8 @@ def _of_stages(settings: dict[str, str], text_tp_size: int | None, vae_size: int
     run on the first GPUs of each replica.
     """
     degrees = {name: settings.pop(name) for name in _DEGREES if name in settings}
-    sizes = dict.fromkeys(STAGE_MODELS, 1) | {"text_encoding": text_tp_size or 1, "decoding": vae_size or 1}
+    sizes = dict.fromkeys(STAGE_MODELS, 1) | dict.fromkeys(("decoding", "image_encoding"), vae_size or 1)
+    sizes["text_encoding"] = text_tp_size or 1
     del sizes["denoising"]
     if not degrees and sum(sizes.values()) == len(sizes) and settings.get("dp_size", "0") == "0":
         return settings
@@ -277,30 +306,47 @@ def _run_server(
         response_cache_bytes=args.response_cache or 0,
         extra_arguments=[*arguments, *_LOG_ARGUMENTS[args.log_level], *args.tritonserver_arguments],
         temporary_folders=temporary_folders,
+        admin_key=args.admin_key,
     )
     _warn_about_shared_memory()
+    # The stages give up first, and say which of them and why.
+    startup_timeout_s = float(settings.get("startup_timeout_s", 1800)) + 60
     with server.forwarding_signals(), server:
         progress = ProgressLine(is_alone=args.log_file is not None)
         try:
-            # The stages give up first, and say which of them and why.
-            server.wait_until_ready(float(settings.get("startup_timeout_s", 1800)) + 60, progress.show)
+            server.wait_until_ready(startup_timeout_s, progress.show)
         except ConfigurationError:
-            if server.was_asked_to_stop:
-                return _exit_status(server)
+            if server.stop_requested.is_set():
+                return _exit_status(server, server.wait())
             raise
         finally:
             progress.end()
         print(
             f"ready\n  HTTP     http://{server.http_address}\n  gRPC     {server.grpc_address}\n"
-            f"  metrics  {server.metrics_url}",
+            f"  metrics  {server.metrics_url}\n{_who_can_reach(args)}",
             flush=True,
         )
-        return _exit_status(server)
+        supervisor = Supervisor(server, _report, max_restarts=args.max_restarts, startup_timeout_s=startup_timeout_s)
+        return _exit_status(server, supervisor.run())
 
 
-def _exit_status(server: TritonServer) -> int:
-    exit_code = server.wait()
-    if exit_code == 0 or server.was_asked_to_stop:
+def _report(line: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {line}", file=sys.stderr, flush=True)
+
+
+def _who_can_reach(args: argparse.Namespace) -> str:
+    """What an operator must know about who can do what."""
+    if args.host in ("127.0.0.1", "::1", "localhost"):
+        reach = "only programs on this machine can reach it; --host 0.0.0.0 opens it to others"
+    else:
+        reach = f"listens on {args.host}: whoever can reach it there can send requests, without authentication"
+    how = "with the admin key" if args.admin_key else f"to everybody; --admin-key or ${KEY_VARIABLE} sets a key"
+    state = "open" if args.admin_key else "closed"
+    return f"  {reach}\n  {', '.join(RESTRICTED_APIS)} are {state} {how}"
+
+
+def _exit_status(server: TritonServer, exit_code: int | None) -> int:
+    if exit_code == 0 or server.stop_requested.is_set():
         return max(exit_code or 0, 0)
     print(
         f"error: tritonserver {describe_exit(exit_code)}; the end of its log:\n{server.log_tail()}",

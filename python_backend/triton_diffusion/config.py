@@ -22,7 +22,7 @@ _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 _AXES = {
     "text_encoding": "tp_size",
     "decoding": "tiles, by the number of its ranks (num_gpus / dp_size)",
-    "image_encoding": "one rank a replica",
+    "image_encoding": "tiles, by the number of its ranks (num_gpus / dp_size)",
     "prior_generation": "one rank a replica",
 }
 
@@ -36,7 +36,7 @@ HIGHEST = {
     "max_sequence_length": 65_536,
 }
 
-_Config = TypeVar("_Config", "StageConfig", "ChainConfig", "CancellationConfig", "FamiliesConfig")
+_Config = TypeVar("_Config", "StageConfig", "ChainConfig", "CancellationConfig", "FamiliesConfig", "HealthConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,12 @@ class StageConfig:
     attention_backend: str = "auto"
     """denoising: what computes attention (see attention/choice.py); "auto" chooses by device and head size."""
     vae_tiling: VaeTiling = "auto"
-    """decoding: whether pictures are decoded in overlapping tiles; "auto": where several ranks can share them."""
+    """decoding and image_encoding: whether pictures go through the autoencoder in overlapping tiles; "auto": where
+    several ranks can share them."""
     num_threads: int = 0
     """Torch threads of a rank on the CPU; 0 divides the cores by the ranks of this stage."""
+    take_turns: bool = True
+    """On the CPU: ticks of the stages that have the same cores run one behind the other, not at once."""
     max_queue_size: int = 256
     """Requests that may wait or run in this stage; one more is refused as UNAVAILABLE."""
     max_queue_cost: int = 0
@@ -119,10 +122,32 @@ class StageConfig:
     """"step_batching" forms a batch anew at every step; "reference" runs one request through all its steps."""
     startup_timeout_s: float = 1800.0
     """Seconds that the ranks may take to load before the start is given up."""
+    checkpoint_steps: int = 5
+    """denoising: steps between two copies of a request's latents in the instance, from which it goes on when its worker
+    group has died; 0: none, it goes on from its first step."""
+    watchdog_factor: float = 10.0
+    """A batch may take so many times what such batches take by running mean before its ranks count as stuck, and are
+    killed."""
+    watchdog_floor_s: float = 10.0
+    """But it always has so many seconds; a rank that was stopped (SIGSTOP) for as long is stuck in any case."""
+    watchdog_ceiling_s: float = 600.0
+    """And never more than so many, unless it takes half of that by running mean; the first batch of a kind may take all
+    of them, since it may compile. 0: no watchdog."""
+    crash_loop_restarts: int = 5
+    """A worker group that dies so many times in a row, each before it has finished a batch, is in a crash loop. When no
+    other replica is up, the stage is then not ready and refuses requests until one has started again."""
+    crash_loop_window_s: float = 120.0
+    """Such a death counts for a crash loop if it comes within so many seconds of a successful start."""
 
     def __post_init__(self) -> None:
-        for name in ("max_queue_size", "startup_timeout_s", "priority_ageing_s", "slowdown"):
+        positive = (
+            *("max_queue_size", "startup_timeout_s", "priority_ageing_s", "slowdown"),
+            *("watchdog_factor", "watchdog_floor_s", "crash_loop_restarts", "crash_loop_window_s"),
+        )
+        for name in positive:
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be greater than 0")
+        for name in ("checkpoint_steps", "watchdog_ceiling_s"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 switches it off")
         for name in ("num_gpus", "dp_size", "num_threads", "max_queue_cost", "max_batch_tokens", "ulysses_degree"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 chooses it")
         for name in ("tp_size", "ring_degree"):
@@ -164,7 +189,7 @@ class StageConfig:
         """How the ranks of a group of `stage_model` share its model.
 
         Ranks that no degree names are for the sequence (Ulysses) in denoising and for the matrices in text_encoding;
-        those of decoding share tiles, which is no axis.
+        those of decoding and image_encoding share tiles, which is no axis.
 
         Raises:
             ConfigurationError: the degrees do not make up the ranks, or the stage has no such axis.
@@ -179,7 +204,7 @@ class StageConfig:
             _require(not idle, f"{', '.join(idle)} is for denoising; {stage_model} has {_AXES[stage_model]}")
         if stage_model not in ("denoising", "text_encoding"):
             _require(self.tp_size == 1, f"tp_size={self.tp_size}: {stage_model} has {_AXES[stage_model]}")
-            is_alone = stage_model == "decoding" or size == 1
+            is_alone = stage_model in ("decoding", "image_encoding") or size == 1
             _require(is_alone, f"{stage_model} has {_AXES[stage_model]}, and not {size}; change num_gpus or dp_size")
             return ParallelConfig()
         if stage_model == "text_encoding":
@@ -286,12 +311,14 @@ class RequestLimits:
     """Denoising steps of one request at most."""
     max_num_outputs: int = 8
     """Pictures or videos of one request at most."""
+    max_pixel_steps: int = 50_000_000_000
+    """height x width x frames x outputs x steps of one request at most: what it can cost in all."""
     max_prompt_bytes: int = 16_384
-    """Length of a prompt in UTF-8 bytes at most."""
+    """Length of a prompt in UTF-8 bytes at most, and of a negative prompt."""
     max_image_bytes: int = 33_554_432
     """Size of a picture that a request brings, encoded, at most."""
-    max_image_pixels: int = 33_554_432
-    """Its height x width at most."""
+    max_image_pixels: int = 16_777_216
+    """height x width of all pictures together that a request brings, at most."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -332,6 +359,25 @@ class CancellationConfig(StageNames):
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> CancellationConfig:
+        """Read the `parameters` of the model's config.pbtxt; raises ConfigurationError."""
+        return _from_parameters(cls, parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig(StageNames):
+    """The model that says whether requests are taken."""
+
+    max_concurrent_questions: int = 4
+    """Questions that are answered at once; others wait."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_concurrent_questions > 0,
+            f"max_concurrent_questions={self.max_concurrent_questions} must be greater than 0",
+        )
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> HealthConfig:
         """Read the `parameters` of the model's config.pbtxt; raises ConfigurationError."""
         return _from_parameters(cls, parameters)
 

@@ -2,6 +2,7 @@
 
 DiffusionError
 ├── InvalidRequestError      the caller: this request can never succeed
+├── ResourceExhaustedError   the caller: it does not fit in the memory, and would not the next time
 ├── RequestCancelledError    the caller: took the request back
 ├── ConfigurationError       the operator: flags, config.pbtxt, checkpoint folder
 ├── QueueFullError           load: come back later
@@ -17,6 +18,7 @@ Triton's front end makes of it.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -30,6 +32,18 @@ class DiffusionError(Exception):
 class InvalidRequestError(DiffusionError):
     """The request asks for something that this checkpoint or this deployment does not allow."""
 
+    triton_code = "INVALID_ARG"
+    http_status = 400
+
+
+class ResourceExhaustedError(DiffusionError):
+    """A single picture or video of this size does not fit in the memory of the device.
+
+    A model has no such code to give in Triton, so the message carries it (`MESSAGE_PREFIX`). It would fail again, so it
+    is none of those that clients try again.
+    """
+
+    MESSAGE_PREFIX = "RESOURCE_EXHAUSTED: "
     triton_code = "INVALID_ARG"
     http_status = 400
 
@@ -85,6 +99,7 @@ _BY_NAME = {
     error.__name__: error
     for error in (
         InvalidRequestError,
+        ResourceExhaustedError,
         RequestCancelledError,
         ConfigurationError,
         QueueFullError,
@@ -104,6 +119,32 @@ def to_wire(error: BaseException) -> tuple[str, str]:
     if isinstance(error, DiffusionError):
         return type(error).__name__, str(error)
     return StageError.__name__, f"{type(error).__name__}: {error}"
+
+
+# A traceback of Python, of the Python backend, or of torch's C++ code; and a path of two parts or more.
+_TRACEBACK = re.compile(r"\s*(?:Traceback \(most recent call last\)|\n\s*At:\n|Exception raised from ).*", re.DOTALL)
+_PATH = re.compile(r"(?<![\w./:])(?:/[\w.@+~-]+){2,}/?")
+
+
+_LONGEST_MESSAGE_BYTES = 2000
+
+
+def caller_message(error: DiffusionError) -> str:
+    """The message of an error as a caller may see it: without tracebacks and paths of the server.
+
+    What is wrong with a request is told in the caller's own words, and these stay, but for what is too long for gRPC:
+    it carries a message in a header.
+    """
+    text = str(error) if isinstance(error, InvalidRequestError) else without_inside(str(error))
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= _LONGEST_MESSAGE_BYTES:
+        return text
+    return encoded[:_LONGEST_MESSAGE_BYTES].decode(errors="ignore") + "..."
+
+
+def without_inside(text: str) -> str:
+    """A text without tracebacks and paths."""
+    return _PATH.sub("<path>", _TRACEBACK.sub("", text))
 
 
 def is_wire_name(name: str) -> bool:

@@ -14,18 +14,19 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from triton_diffusion.config import CancellationConfig, ChainConfig, FamiliesConfig, StageConfig
+from triton_diffusion.config import CancellationConfig, ChainConfig, FamiliesConfig, HealthConfig, StageConfig
 from triton_diffusion.errors import ConfigurationError, nearest_name_hint
 from triton_diffusion.runtime.work import STAGE_MODELS
 
 # Written beside the models, so that a later build knows which folders it may replace.
 _MARKER = ".triton-diffusion.json"
 # Which class reads the parameters of a model; the others are stages.
-_READERS: Mapping[str, type[ChainConfig | CancellationConfig | FamiliesConfig]] = {
+_READERS: Mapping[str, type[ChainConfig | CancellationConfig | FamiliesConfig | HealthConfig]] = {
     "diffusion": ChainConfig,
     "diffusion_stream": ChainConfig,
     "cancellation": CancellationConfig,
     "families": FamiliesConfig,
+    "health": HealthConfig,
 }
 DEFAULT_NAME = "diffusion"
 # Triton refuses a response cache for a decoupled model.

@@ -34,14 +34,14 @@ class GenerationRequest:
 
     prompt: str
     negative_prompt: str
-    """Used where guidance_scale is above 1; empty is the unconditional prompt."""
+    """Used where there is classifier-free guidance; empty is the unconditional prompt."""
     height: int
     """Pixels."""
     width: int
     """Pixels."""
     num_inference_steps: int
     guidance_scale: float
-    """1 means no classifier-free guidance."""
+    """Classifier-free guidance where it is above RequestDefaults.guidance_threshold."""
     embedded_guidance_scale: float
     """Without effect on a checkpoint that is not guidance-distilled."""
     seed: int
@@ -62,6 +62,8 @@ class GenerationRequest:
     """How far a given picture is changed, above 0 (hardly) to 1 (all new); None where no picture is changed."""
     num_images: int = 0
     """Pictures that the caller gave."""
+    guidance_scale_2: float | None = None
+    """That of the steps of low noise, where a second transformer makes those; None takes guidance_scale."""
     preview_interval: int = 0
     """Steps between two previews; 0 for none."""
     priority: int = DEFAULT_PRIORITY
@@ -84,7 +86,8 @@ class GenerationRequest:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 1 and {highest}")
         if self.preview_interval < 0 or not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"preview_interval={self.preview_interval} or seed={self.seed} is out of bounds")
-        if not (math.isfinite(self.guidance_scale) and math.isfinite(self.embedded_guidance_scale)):
+        scales = (self.guidance_scale, self.embedded_guidance_scale, self.guidance_scale_2 or 0.0)
+        if not all(map(math.isfinite, scales)):
             raise ValueError("a guidance scale is not finite")
         if self.flow_shift is not None and not 0 < self.flow_shift <= HIGHEST_FLOW_SHIFT:
             raise ValueError(f"flow_shift={self.flow_shift} must be above 0 and at most {HIGHEST_FLOW_SHIFT}")
@@ -94,11 +97,6 @@ class GenerationRequest:
             raise ValueError(f"fps={self.fps} or num_images={self.num_images} is out of bounds")
         if not LOWEST_PRIORITY <= self.priority <= HIGHEST_PRIORITY:
             raise ValueError(f"priority={self.priority} must be between {LOWEST_PRIORITY} and {HIGHEST_PRIORITY}")
-
-    @property
-    def uses_guidance(self) -> bool:
-        """Whether every step needs a second, unconditional prediction."""
-        return self.guidance_scale > 1
 
     @property
     def output_seeds(self) -> list[int]:
@@ -137,6 +135,10 @@ class RequestDefaults:
     """Pictures that a request must bring."""
     max_images: int = 0
     """Pictures that a request may bring."""
+    guidance_threshold: float = 1.0
+    """That of ModelFamily.guidance_threshold."""
+    has_guidance_scale_2: bool = False
+    """Whether the steps of low noise can have a guidance_scale of their own."""
 
 
 def example_request(defaults: RequestDefaults, **values: Any) -> GenerationRequest:
@@ -204,6 +206,7 @@ def resolve_request(
         embedded_guidance_scale=_checked_scale(
             given, "embedded_guidance_scale", defaults.embedded_guidance_scale or 0.0
         ),
+        guidance_scale_2=_checked_guidance_scale_2(given, defaults),
         seed=_checked_seed(given, num_outputs),
         num_outputs=num_outputs,
         max_sequence_length=_checked_int(
@@ -221,6 +224,7 @@ def resolve_request(
         deadline_s=_checked_deadline(given),
         deadline_action=_checked_choice(given, "deadline_action", DEADLINE_ACTIONS),
     )
+    _check_cost(request, limits)
     return request, _warnings(given, request, defaults)
 
 
@@ -313,6 +317,17 @@ def _check_size(height: int, width: int, defaults: RequestDefaults, limits: Requ
         )
 
 
+def _check_cost(request: GenerationRequest, limits: RequestLimits) -> None:
+    """Each value may be allowed and all of them together still keep the server for days."""
+    pixels = request.height * request.width * request.num_frames * request.num_outputs
+    if (cost := pixels * request.num_inference_steps) > limits.max_pixel_steps:
+        raise InvalidRequestError(
+            f"height={request.height} x width={request.width} x num_frames={request.num_frames} x "
+            f"num_outputs={request.num_outputs} x num_inference_steps={request.num_inference_steps} is {cost}; this "
+            f"server allows {limits.max_pixel_steps} (parameter max_pixel_steps); ask for less of one of them"
+        )
+
+
 def _checked_prompt(given: Mapping[str, Any], name: str, limits: RequestLimits) -> str:
     if name == "prompt" and not given.get("prompt", "").strip():
         raise InvalidRequestError("prompt is empty; say in words what to draw")
@@ -337,6 +352,17 @@ def _checked_scale(given: Mapping[str, Any], name: str, default: float) -> float
     value: float = given.get(name, default)
     if not (math.isfinite(value) and 0 <= value <= 1000):
         raise InvalidRequestError(f"{name}={value} must be a finite number between 0 and 1000")
+    return value
+
+
+def _checked_guidance_scale_2(given: Mapping[str, Any], defaults: RequestDefaults) -> float | None:
+    if "guidance_scale_2" not in given:
+        return None
+    value = _checked_scale(given, "guidance_scale_2", 0.0)
+    if not defaults.has_guidance_scale_2:
+        raise InvalidRequestError(
+            f"guidance_scale_2={value}: this model has no second transformer for low noise; leave it out"
+        )
     return value
 
 
@@ -369,17 +395,28 @@ def _checked_choice(given: Mapping[str, Any], name: str, choices: tuple[_Choice,
 
 def _warnings(given: Mapping[str, Any], request: GenerationRequest, defaults: RequestDefaults) -> list[str]:
     warnings = []
+    threshold = defaults.guidance_threshold
+    uses_guidance = request.guidance_scale > threshold
+    if math.isinf(threshold):
+        if request.guidance_scale > 1:
+            warnings.append("guidance_scale has no effect: this checkpoint is distilled to draw without")
+        if "negative_prompt" in given:
+            warnings.append("negative_prompt has no effect: this checkpoint draws without guidance")
+    elif not uses_guidance:
+        warnings += [
+            f"{name} has no effect at guidance_scale={request.guidance_scale}; set it above {threshold:g}"
+            for name in ("negative_prompt", "guidance_scale_2")
+            if name in given
+        ]
     if "embedded_guidance_scale" in given and defaults.embedded_guidance_scale is None:
         warnings.append("embedded_guidance_scale has no effect: this checkpoint is not guidance-distilled")
-    if "negative_prompt" in given and not request.uses_guidance:
-        warnings.append(f"negative_prompt has no effect at guidance_scale={request.guidance_scale}; set it above 1")
     if "deadline_action" in given and request.deadline_s is None:
         warnings.append("deadline_action has no effect without deadline_s")
     if "output_quality" in given and request.output_format.endswith("gif"):
         warnings.append("output_quality has no effect on gif; mp4 and webm have it")
     if "fps" in given and request.num_frames == 1:
         warnings.append("fps has no effect on a single picture; set num_frames above 1")
-    if request.uses_guidance and defaults.embedded_guidance_scale is not None:
+    if uses_guidance and defaults.embedded_guidance_scale is not None:
         warnings.append(
             "guidance_scale mixes two predictions and doubles the work; "
             "the distilled guidance of this checkpoint is embedded_guidance_scale"
@@ -399,13 +436,11 @@ def describe_parameters(defaults: RequestDefaults, limits: RequestLimits) -> dic
     formats = VIDEO_FORMATS if defaults.num_frames > 1 else PICTURE_FORMATS
     parameters: dict[str, dict[str, Any]] = {
         "prompt": {"default": None, "description": "what to draw"},
-        "negative_prompt": {"default": "", "description": "what to keep away from, where guidance_scale is above 1"},
         "height": number(defaults.height, multiple, largest, "pixels", **size),
         "width": number(defaults.width, multiple, largest, "pixels", **size),
         "num_inference_steps": number(
             defaults.num_inference_steps, 1, limits.max_num_inference_steps, "denoising steps"
         ),
-        "guidance_scale": number(defaults.guidance_scale, 0, 1000, "classifier-free guidance; 1 is none"),
         "seed": number(None, 0, MAX_SEED, "of the first output; left out, a random one"),
         "num_outputs": number(1, 1, limits.max_num_outputs, "pictures or videos"),
         "max_sequence_length": number(
@@ -421,6 +456,18 @@ def describe_parameters(defaults: RequestDefaults, limits: RequestLimits) -> dic
             "description": "what becomes of a request whose deadline cannot be met",
         },
     }
+    if math.isfinite(threshold := defaults.guidance_threshold):
+        parameters["negative_prompt"] = {
+            "default": "",
+            "description": f"what to keep away from, where guidance_scale is above {threshold:g}",
+        }
+        parameters["guidance_scale"] = number(
+            defaults.guidance_scale, 0, 1000, f"classifier-free guidance; up to {threshold:g} there is none"
+        )
+    if defaults.has_guidance_scale_2:
+        parameters["guidance_scale_2"] = number(
+            None, 0, 1000, "that of the steps of low noise; left out, it is guidance_scale"
+        )
     if defaults.embedded_guidance_scale is not None:
         parameters["embedded_guidance_scale"] = number(
             defaults.embedded_guidance_scale, 0, 1000, "guidance of the distilled model"

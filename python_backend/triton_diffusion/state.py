@@ -4,8 +4,8 @@ On the wire it is one safetensors blob: plain JSON in the metadata, named tensor
 processes read the header alone and hand the body on as bytes, so they never need torch. Unlike pickle, a blob runs no
 code of its sender when it is read.
 
-A stage model also takes a question and an order about a request that it is working on (`ProgressQuery`, `CancelOrder`)
-through the same input tensor, told apart by the metadata's only key.
+A stage model also takes questions and orders through the same input tensor, told apart by the metadata's only key:
+about a request that it is working on (`ProgressQuery`, `CancelOrder`), and about itself (`HealthQuery`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton_diffusion.errors import InvalidRequestError
 from triton_diffusion.request import GenerationRequest
 
 MAX_HEADER_BYTES = 4 << 20
-STATE, PROGRESS, CANCEL = "state", "progress", "cancel"
+STATE, PROGRESS, CANCEL, HEALTH = "state", "progress", "cancel", "health"
 IMAGE = "image."
 """Prefix of the caller's pictures among the tensors."""
 
@@ -80,10 +80,13 @@ class RequestState:
 
 @dataclass(frozen=True)
 class ProgressQuery:
-    """Asks the stage to answer as soon as the request has done more than `after_step` steps, or has ended."""
+    """Asks the stage to answer as soon as the request has done more than `after_step` steps, was started anew more
+    often than `after_restarts` times, or has ended.
+    """
 
     request_id: str
     after_step: int
+    after_restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,31 @@ class Progress:
     remaining_s: float | None
     """None while it waits in the queue."""
     ended: bool = False
+    restarts: int = 0
+    """How often it was started anew because its worker group died; `step` then goes back to the last checkpoint."""
 
 
-StageInput = RequestState | ProgressQuery | CancelOrder
+@dataclass(frozen=True)
+class HealthQuery:
+    """Asks the stage how it is."""
+
+
+@dataclass(frozen=True)
+class StageHealth:
+    """The answer to a HealthQuery."""
+
+    stage: str
+    ready: bool
+    """Whether requests are taken: False while the worker groups die again and again."""
+    ready_replicas: int
+    num_replicas: int
+    """0: the checkpoint has no such stage."""
+    restarts_total: int
+    reason: str = ""
+    """Why it is not ready, and when it tries again; or why not all replicas are up. Else empty."""
+
+
+StageInput = RequestState | ProgressQuery | CancelOrder | HealthQuery
 
 
 def read_metadata(blob: bytes | memoryview) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -135,6 +160,8 @@ def read_stage_input(blob: bytes | memoryview) -> StageInput:
             return msgspec.json.decode(metadata[PROGRESS], type=ProgressQuery)
         if CANCEL in metadata:
             return msgspec.json.decode(metadata[CANCEL], type=CancelOrder)
+        if HEALTH in metadata:
+            return HealthQuery()
         # Decoded by its types: a value of the wrong kind would break the scheduler, which all requests share.
         state = msgspec.json.decode(metadata[STATE], type=RequestState)
         state.tensor_infos = infos
@@ -172,6 +199,21 @@ def write_progress_query(query: ProgressQuery) -> bytes:
 def write_cancel_order(order: CancelOrder) -> bytes:
     """The blob that cancels a request in a stage."""
     return save({}, {CANCEL: json.dumps(asdict(order))})
+
+
+def write_health_query() -> bytes:
+    """The blob that asks a stage how it is."""
+    return save({}, {HEALTH: "{}"})
+
+
+def write_health(health: StageHealth) -> bytes:
+    """The answer to a HealthQuery."""
+    return save({}, {HEALTH: json.dumps(asdict(health))})
+
+
+def read_health(blob: bytes) -> StageHealth:
+    """What a stage says of itself."""
+    return StageHealth(**json.loads(read_metadata(blob)[0][HEALTH]))
 
 
 def write_num_cancelled(num_cancelled: int) -> bytes:

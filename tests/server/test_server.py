@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http
+from tritonclient.utils import InferenceServerException
 
 from triton_diffusion import server as server_module
 from triton_diffusion.errors import ConfigurationError
+from triton_diffusion.runtime.stub_processes import find_stubs
 from triton_diffusion.server import StartProgress, TritonServer, choose_ports
 
 pytestmark = pytest.mark.end_to_end
@@ -282,11 +284,44 @@ def test_a_killed_owner_leaves_nothing_even_if_the_server_hangs_on_its_way_out(
     eventually(lambda: leftovers(server_pid, owner.pid) == [])
 
 
-def test_a_server_that_dies_ends_the_launcher_with_its_signal(launched, leftovers) -> None:
+def test_a_server_that_dies_is_started_again_on_the_same_ports(launched, leftovers, eventually, tmp_path) -> None:
     launcher, server_pid = launched
+    command = Path(f"/proc/{server_pid}/cmdline").read_bytes().split(b"\0")
+    (port,) = [int(part.partition(b"=")[2]) for part in command if part.startswith(b"--http-port=")]
     os.kill(server_pid, signal.SIGKILL)
-    assert launcher.wait(timeout=20) == 128 + signal.SIGKILL
+    eventually(lambda: answers(f"127.0.0.1:{port}"), timeout_s=60)
+    assert server_pid_of(launcher) != server_pid
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=30) == 0
     assert leftovers(server_pid, launcher.pid) == []
+
+
+def test_a_model_whose_process_dies_is_loaded_anew(launched, eventually) -> None:
+    """Triton goes on to say that it is ready, and lets every request fail."""
+    launcher, server_pid = launched
+    command = Path(f"/proc/{server_pid}/cmdline").read_bytes().split(b"\0")
+    (port,) = [int(part.partition(b"=")[2]) for part in command if part.startswith(b"--http-port=")]
+    ((stub, model),) = find_stubs(server_pid).items()
+    assert model == "identity"
+    os.kill(stub, signal.SIGKILL)
+    eventually(lambda: stub not in find_stubs(server_pid) and answers(f"127.0.0.1:{port}"), timeout_s=60)
+    assert server_pid_of(launcher) == server_pid
+
+
+def answers(address: str) -> bool:
+    try:
+        return infer(address, b"abc") == b"abc"
+    except (OSError, InferenceServerException):
+        return False
+
+
+def test_a_server_that_dies_again_and_again_is_given_up_with_its_signal(write_model, tmp_path) -> None:
+    launcher = launch(write_model(), "--max-restarts", "0")
+    assert launcher.stdout is not None
+    with launcher.stdout:
+        assert launcher.stdout.readline() == "ready\n"
+        os.kill(server_pid_of(launcher), signal.SIGKILL)
+        assert launcher.wait(timeout=20) == 128 + signal.SIGKILL
 
 
 def test_a_signal_during_the_start_ends_it_at_once(write_model, tmp_path, leftovers, eventually) -> None:

@@ -15,6 +15,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from triton_diffusion.errors import InvalidRequestError
 from triton_diffusion.media._base64_text import EXPECTED, check_file_bytes, describe_text, file_of_text, is_text
+from triton_diffusion.media._containers import orientation, strip_jpeg, strip_png
 
 _NAMES: dict[type[ImageFile], str] = {PngImageFile: "PNG", JpegImageFile: "JPEG", WebPImageFile: "WebP"}
 """The Pillow plugins that may run."""
@@ -28,7 +29,6 @@ _OTHER_FILES = {
 }
 """By first bytes, what callers are likely to send instead."""
 
-_ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,9 +44,10 @@ _UPRIGHT = {
 def decode_image(data: bytes, *, name: str, max_pixels: int, max_bytes: int) -> NDArray[np.uint8]:
     """A PNG, JPEG or WebP file, or base64 text of one (also as a data URL), as uint8 (H, W, 3) in RGB.
 
-    What the file is, its content says. Its size is read from its header and checked before a pixel is decoded. The
-    picture is turned upright by its EXIF orientation; of an animation the first frame is taken; transparency is laid on
-    white; grey, palette and CMYK become RGB, 16 bits become 8; a colour profile is not applied.
+    What the file is, its content says. Its size is read from its header and checked before a pixel is decoded; what
+    else is in the file is dropped before a decoder sees it. The picture is turned upright by its EXIF orientation. Of
+    an animation the first frame is taken; transparency is laid on white; grey, palette and CMYK become RGB, 16 bits
+    become 8; a colour profile is not applied.
 
     Args:
         data: The bytes that the caller sent.
@@ -102,10 +103,13 @@ def _decode(kind: type[ImageFile], data: bytes, name: str, max_pixels: int) -> I
     if kind is WebPImageFile:
         # Pillow's WebP decoder takes memory for the whole canvas when it is made, before it says its size.
         _check_pixels(_webp_size(data), name, max_pixels)
+    exif = b""
+    if kind is not WebPImageFile:
+        data, exif = (strip_jpeg if kind is JpegImageFile else strip_png)(data)
     with kind(io.BytesIO(data)) as image:
         _check_pixels(image.size, name, max_pixels)
         image.load()
-        upright = _UPRIGHT.get(_orientation(image))
+        upright = _UPRIGHT.get(orientation(exif or image.info.get("exif", b"")))
         picture = _to_rgb(image)
     return picture if upright is None else picture.transpose(upright)
 
@@ -132,15 +136,6 @@ def _webp_size(data: bytes) -> tuple[int, int]:
         width, height = struct.unpack_from("<HH", data, 26)
         return width & 0x3FFF, height & 0x3FFF
     raise ValueError(f"first chunk {chunk!r}")
-
-
-def _orientation(image: ImageFile) -> int:
-    """The EXIF orientation, 1 if there is none; a camera's broken EXIF data says nothing against the picture."""
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:
-        return 1
-    return value if isinstance(value, int) else 1
 
 
 def _to_rgb(image: ImageFile) -> Image.Image:

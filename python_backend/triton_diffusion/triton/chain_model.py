@@ -9,19 +9,29 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from triton_diffusion.config import ChainConfig
-from triton_diffusion.errors import DiffusionError, InvalidRequestError, QueueFullError, RequestCancelledError
+from triton_diffusion.errors import (
+    DiffusionError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestCancelledError,
+    ShuttingDownError,
+    WorkerGroupError,
+)
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.request import INPUT_NAMES, PICTURE_FORMATS, GenerationRequest, check_num_images
+from triton_diffusion.run_folder import ChainFolder
 from triton_diffusion.runtime.estimates import DecodingTime, EndRate
+from triton_diffusion.runtime.stub_processes import StageStubs, is_alive
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
 from triton_diffusion.state import (
     IMAGE,
@@ -57,18 +67,24 @@ from triton_diffusion.triton.conversion import (
 
 logger = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
+
 # How soon a caller that went away is noticed; and the pause at least, as a multiple of the processor time that asking
 # takes: on busy cores most of the time is waiting for them, which costs nobody anything.
 _CANCEL_POLL_S = 0.02
 _CANCEL_POLL_SHARE = 20
 # A stream is never silent for longer.
 _KEEP_ALIVE_S = 1.0
+# How soon an order to drain is noticed while there are no requests.
+_IDLE_POLL_S = 0.2
 
 
 class ChainModel:
     """Each request runs in a thread of its own, which calls one stage after the other by blocking BLS.
 
-    The stages cannot see that a caller went away; a watching thread sees it here and tells the stage in band.
+    The stages cannot see that a caller went away; a watching thread sees it here and tells the stage in band. The same
+    thread answers the callers of requests whose stage has died: Triton never ends a call to a model whose process is
+    gone, so the thread that made the call is given up (and so all threads are daemons, which nothing waits for).
     """
 
     stream: ClassVar[bool]
@@ -90,12 +106,14 @@ class ChainModel:
         self._needs_seed = uses_response_cache(args)
         self._decoding_time = DecodingTime()
         self._end_rate = EndRate()
-        self._threads = ThreadPoolExecutor(self._config.max_concurrent_requests, "request")
-        # A stream has its stage call and a preview under way.
-        self._helpers = ThreadPoolExecutor(2 * self._config.max_concurrent_requests, "stage-call")
         self._jobs: dict[str, _Job] = {}
+        self._num_unanswered = 0
         self._jobs_lock = threading.Lock()
         self._has_jobs = threading.Event()
+        self._all_answered = threading.Event()
+        self._all_answered.set()
+        self._stubs = StageStubs()
+        self._run_folder = ChainFolder()
         self._scope = uuid.uuid4().hex
         self._counter = itertools.count()
         self._stopping = threading.Event()
@@ -110,14 +128,13 @@ class ChainModel:
                 self._register(job)
                 job.read_parameters(request)
                 given = read_inputs(request, INPUT_NAMES)
-                self._threads.submit(self._run, job, given, read_image_files(request))
+                _start_thread(self._run, job, given, read_image_files(request))
             except Exception as error:
                 self._finish(job, pb_utils.InferenceResponse(error=triton_error(error)))
 
     def finalize(self) -> None:
         """Wait for the requests that run; Triton sends no new ones."""
-        self._threads.shutdown()
-        self._helpers.shutdown()
+        self._all_answered.wait()
         self._stopping.set()
         self._has_jobs.set()
         self._watcher.join()
@@ -126,7 +143,12 @@ class ChainModel:
         with self._jobs_lock:
             full = len(self._jobs) >= self._config.max_concurrent_requests
             self._jobs[job.request_id] = job
+            self._num_unanswered += 1
+            self._all_answered.clear()
             self._has_jobs.set()
+        # Asked once the request counts, so that nobody takes us for drained while it comes in.
+        if self._run_folder.is_draining():
+            raise ShuttingDownError("this server is shutting down and takes no new requests; try again at another one")
         if full:
             limit = self._config.max_concurrent_requests
             wait_s = self._end_rate.expected_s(limit)
@@ -136,12 +158,19 @@ class ChainModel:
             )
 
     def _finish(self, job: _Job, response: Any) -> None:
-        """The one place where a request ends."""
+        """The one place where a request ends; a request that was ended already, because its stage died, stays so."""
         with self._jobs_lock:
-            del self._jobs[job.request_id]
+            if self._jobs.pop(job.request_id, None) is None:
+                return
             if not self._jobs:
                 self._has_jobs.clear()
-        job.finish(response)
+        try:
+            job.finish(response)
+        finally:
+            with self._jobs_lock:
+                self._num_unanswered -= 1
+                if not self._num_unanswered:
+                    self._all_answered.set()
 
     def _run(self, job: _Job, given: dict[str, Any], image_files: list[bytes]) -> None:
         try:
@@ -206,10 +235,10 @@ class ChainModel:
     def _denoise_in_view(self, job: _Job, blob: bytes, num_steps: int) -> bytes:
         """Denoise, and meanwhile send the caller a message for every step."""
         started_s = time.monotonic()
-        result = self._helpers.submit(self._denoise, job, blob)
+        result = _in_thread(lambda: self._denoise(job, blob))
         previews: list[Future[None]] = []
         try:
-            step = self._follow(job, result, previews)
+            last = self._follow(job, result, previews)
             denoised = result.result()
         except BaseException:
             # Nobody waits for these steps any more.
@@ -220,31 +249,33 @@ class ChainModel:
             wait([result])
             wait(previews)
         # The last steps, if the result came before the answer to the question about them.
-        self._send_progress(job, step, Progress(num_steps, num_steps, time.monotonic() - started_s, 0.0))
+        end = Progress(num_steps, num_steps, time.monotonic() - started_s, 0.0, restarts=last.restarts)
+        self._send_progress(job, last, end)
         return denoised
 
-    def _follow(self, job: _Job, result: Future[bytes], previews: list[Future[None]]) -> int:
-        """Send progress until there is a result; returns the last step that was told."""
-        step = 0
+    def _follow(self, job: _Job, result: Future[bytes], previews: list[Future[None]]) -> Progress:
+        """Send progress until there is a result; returns what was told last."""
+        last = Progress(0, 0, 0.0, None)
         while not result.done():
-            progress, preview = self._ask_progress(job, step)
+            progress, preview = self._ask_progress(job, last)
             if progress.ended:
                 # The stage has not heard of the request yet, or has just answered it.
                 wait([result], timeout=0.005)
                 continue
-            self._send_progress(job, step, progress)
+            self._send_progress(job, last, progress)
             if preview is not None:
-                previews.append(self._helpers.submit(self._send_preview, job, preview, progress))
-            step = progress.step
-        return step
+                previews.append(_in_thread(partial(self._send_preview, job, preview, progress)))
+            last = progress
+        return last
 
-    def _send_progress(self, job: _Job, last_step: int, progress: Progress) -> None:
-        """One message for each step since `last_step`."""
-        for step in range(last_step + 1, progress.step + 1):
+    def _send_progress(self, job: _Job, last: Progress, progress: Progress) -> None:
+        """One message for each step since `last`; after a restart, one with the step that the request is at now."""
+        first = last.step + 1 if progress.restarts == last.restarts else progress.step
+        for step in range(first, progress.step + 1):
             job.send_progress(dataclasses.replace(progress, step=step))
 
-    def _ask_progress(self, job: _Job, after_step: int) -> tuple[Progress, bytes | None]:
-        query = write_progress_query(ProgressQuery(job.request_id, after_step))
+    def _ask_progress(self, job: _Job, last: Progress) -> tuple[Progress, bytes | None]:
+        query = write_progress_query(ProgressQuery(job.request_id, last.step, last.restarts))
         return read_progress(stage_call(self._config.denoising_model, query))
 
     def _send_preview(self, job: _Job, preview: bytes, progress: Progress) -> None:
@@ -268,6 +299,7 @@ class ChainModel:
 
     def _call(self, job: _Job, model: str, blob: bytes) -> bytes:
         """Run a stage for a job, which can be cancelled meanwhile."""
+        job.stage_pid = self._stubs.pid_of(model)
         job.stage_model = model
         try:
             if job.cancelled:
@@ -276,22 +308,42 @@ class ChainModel:
         except RequestCancelledError as error:
             raise RequestCancelledError(f"{job.cancel_reason or 'by its request id'}: {error}") from error
         finally:
-            job.stage_model = None
+            job.stage_model = job.stage_pid = None
 
     def _watch_cancellation(self) -> None:
         pause_s = _CANCEL_POLL_S
         while not self._stopping.wait(pause_s):
-            self._has_jobs.wait()
+            if not self._has_jobs.wait(_IDLE_POLL_S):
+                if self._run_folder.is_draining() and self._all_answered.is_set():
+                    self._run_folder.tell_drained()
+                continue
             started_s = time.thread_time()
             with self._jobs_lock:
                 jobs = list(self._jobs.values())
             try:
+                self._end_lost(jobs)
                 self._cancel_abandoned(jobs)
             except Exception:
                 # This thread watches over all requests.
-                logger.exception("the look after callers that went away failed")
+                logger.exception("the look after callers that went away and stages that died failed")
             # Every question about a caller goes to the server's process: with many requests, ask less often.
             pause_s = max(_CANCEL_POLL_S, _CANCEL_POLL_SHARE * (time.thread_time() - started_s))
+
+    def _end_lost(self, jobs: Sequence[_Job]) -> None:
+        """Answer the callers of requests that were in a process which has ended."""
+        dead = {pid for job in jobs if (pid := job.stage_pid) is not None and not is_alive(pid)}
+        for job in jobs:
+            model = job.stage_model
+            if model is not None and job.stage_pid in dead:
+                logger.error(
+                    "request %s was in %s when its process (pid %d) died: answered UNAVAILABLE",
+                    job.request_id,
+                    model,
+                    job.stage_pid,
+                )
+                error = WorkerGroupError(f"the process of {model} died while it ran this request; try again")
+                job.cancel_reason = "its stage died"
+                self._finish(job, pb_utils.InferenceResponse(error=triton_error(error)))
 
     def _cancel_abandoned(self, jobs: Sequence[_Job]) -> None:
         """Tell the stages; again at every turn until the call returns, since it may not have reached the stage yet."""
@@ -321,6 +373,8 @@ class _Job:
         self.cancel_key = ""
         self.arrived_s = time.monotonic()
         self.stage_model: str | None = None
+        self.stage_pid: int | None = None
+        """The process of the stage model, as far as it is known."""
         self.cancel_reason: str | None = None
         self.progress = Progress(0, 0, 0.0, None)
         """What the caller of a stream was told last."""
@@ -378,6 +432,24 @@ class _Job:
         send_final(self._sender, response)
 
 
+def _start_thread(function: Callable[..., None], *arguments: Any) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
+def _in_thread(function: Callable[[], _Result]) -> Future[_Result]:
+    """Call a function in a thread of its own."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    _start_thread(run)
+    return future
+
+
 def _progress_tensor(progress: Progress) -> Any:
     remaining_s = None if progress.remaining_s is None else round(progress.remaining_s, 4)
     return json_tensor(
@@ -388,6 +460,7 @@ def _progress_tensor(progress: Progress) -> Any:
             "total": progress.total,
             "elapsed_s": round(progress.elapsed_s, 4),
             "remaining_s": remaining_s,
+            "restarts": progress.restarts,
         },
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,18 +16,25 @@ from triton_diffusion.errors import (
     DeadlineExceededError,
     DiffusionError,
     InvalidRequestError,
+    ResourceExhaustedError,
     ShuttingDownError,
     StageError,
+    WorkerGroupError,
+    caller_message,
     from_wire,
     is_wire_name,
     to_wire,
 )
 from triton_diffusion.media import decode_image
+from triton_diffusion.stage_key import PARAMETER, own_key
 
 STATE = "state"
 IMAGE_INPUT = "image"
 # What Triton says when a stage is called while the server ends.
 _STOPPING = ("Server not ready", "Server is stopping")
+# What it says of a model whose process died, or which is loaded anew.
+_AWAY = ("is not healthy", "is not ready", "has no available versions", "Request for unknown model")
+_decoding = threading.BoundedSemaphore(2)
 
 
 def read_parameters(args: Mapping[str, str]) -> dict[str, str]:
@@ -81,15 +89,16 @@ def read_image_files(request: Any) -> list[bytes]:
 
 def decode_images(files: Sequence[bytes], limits: RequestLimits) -> list[Any]:
     """The pictures, uint8 (H, W, 3) each; raises InvalidRequestError."""
-    return [
-        decode_image(
-            value,
-            name=f"{IMAGE_INPUT}[{index}]",
-            max_pixels=limits.max_image_pixels,
-            max_bytes=limits.max_image_bytes,
-        )
-        for index, value in enumerate(files)
-    ]
+    pictures: list[Any] = []
+    pixels_left = limits.max_image_pixels
+    for index, value in enumerate(files):
+        name = f"{IMAGE_INPUT}[{index}]" + (" behind the others" if index else "")
+        # A decoder takes several times the memory of the picture, so few run at a time.
+        with _decoding:
+            picture = decode_image(value, name=name, max_pixels=pixels_left, max_bytes=limits.max_image_bytes)
+        pixels_left -= picture.shape[0] * picture.shape[1]
+        pictures.append(picture)
+    return pictures
 
 
 def _decode(name: str, value: bytes) -> str:
@@ -123,13 +132,19 @@ def read_state_tensor(tensor: Any) -> bytes:
 def triton_error(error: BaseException) -> Any:
     """A TritonError with the code that belongs to the class of `error`."""
     error = from_wire(*to_wire(error))
-    prefix = DeadlineExceededError.MESSAGE_PREFIX if isinstance(error, DeadlineExceededError) else ""
-    return pb_utils.TritonError(f"{prefix}{error}", getattr(pb_utils.TritonError, error.triton_code))
+    prefix = error.MESSAGE_PREFIX if isinstance(error, DeadlineExceededError | ResourceExhaustedError) else ""
+    text = f"{prefix}{caller_message(error)}"
+    return pb_utils.TritonError(text, getattr(pb_utils.TritonError, error.triton_code))
 
 
 def stage_call(model: str, blob: bytes) -> bytes:
     """Ask a stage model by BLS, and wait for its answer; raises the stage's error."""
-    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[STATE], inputs=[state_tensor(blob)])
+    request = pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=[STATE],
+        inputs=[state_tensor(blob)],
+        parameters={PARAMETER: own_key()},
+    )
     response = request.exec()
     if response.has_error():
         raise from_stage_error(response.error())
@@ -148,6 +163,8 @@ def from_stage_error(error: Any) -> DiffusionError:
         return from_wire(name, message)
     if any(phrase in error.message() for phrase in _STOPPING):
         return ShuttingDownError("the server is stopping; try again at another one")
+    if any(phrase in error.message() for phrase in _AWAY):
+        return WorkerGroupError(f"a stage is away, and has to be loaded anew: {error.message()}; try again later")
     return StageError(error.message())
 
 

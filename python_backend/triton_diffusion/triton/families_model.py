@@ -40,7 +40,7 @@ class FamiliesModel:
     def _answer(self, request: Any) -> Any:
         try:
             name = read_inputs(request, ("name",)).get("name")
-        except DiffusionError as error:
+        except Exception as error:
             return pb_utils.InferenceResponse(error=triton_error(error))
         families = [family for family in self._families if name in (None, "", family["family"])]
         return pb_utils.InferenceResponse([json_tensor("families", families)])

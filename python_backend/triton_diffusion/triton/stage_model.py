@@ -9,11 +9,20 @@ from typing import Any, ClassVar
 import triton_python_backend_utils as pb_utils
 
 from triton_diffusion.config import StageConfig
-from triton_diffusion.errors import DiffusionError, InvalidRequestError
+from triton_diffusion.errors import DiffusionError, InvalidRequestError, from_wire, to_wire
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.runtime.service import Answer, StageService
-from triton_diffusion.state import CancelOrder, read_stage_input, write_num_cancelled
+from triton_diffusion.runtime.held_request import Answer
+from triton_diffusion.runtime.service import StageService
+from triton_diffusion.stage_key import check_key, own_key
+from triton_diffusion.state import (
+    CancelOrder,
+    HealthQuery,
+    StageHealth,
+    read_stage_input,
+    write_health,
+    write_num_cancelled,
+)
 from triton_diffusion.triton.conversion import (
     STATE,
     read_parameters,
@@ -43,6 +52,7 @@ class StageModel:
         self._service: StageService | None = None
         self._metrics: MetricsPublisher | None = None
         try:
+            own_key()
             config = StageConfig.from_parameters(read_parameters(args))
             checkpoint = open_checkpoint(config.model_path)
             if self.stage not in find_family(checkpoint).stage_components(checkpoint):
@@ -58,11 +68,20 @@ class StageModel:
         """Hand every request to the service; its answer goes out through the response sender."""
         for request in requests:
             sender = request.get_response_sender()
-            blob = read_state_tensor(pb_utils.get_input_tensor_by_name(request, STATE))
+            try:
+                check_key(request.parameters())
+                blob = read_state_tensor(pb_utils.get_input_tensor_by_name(request, STATE))
+            except Exception as error:
+                _send(sender, from_wire(*to_wire(error)))
+                continue
             if self._service is None:
-                _send(sender, _answer_idle(blob))
+                _send(sender, _answer_idle(self.stage, blob))
             else:
                 self._service.submit(blob, partial(_send, sender))
+
+    def is_ready(self) -> bool:
+        """What Triton asks from 26.03 on: False while the worker groups die again and again."""
+        return self._service is None or self._service.health().ready
 
     def finalize(self) -> None:
         """End the worker groups."""
@@ -72,11 +91,14 @@ class StageModel:
             self._service.stop()
 
 
-def _answer_idle(blob: bytes) -> Answer:
+def _answer_idle(stage: str, blob: bytes) -> Answer:
     """What a stage says that this checkpoint does not have."""
     try:
-        if isinstance(read_stage_input(blob), CancelOrder):
-            return write_num_cancelled(0)
+        match read_stage_input(blob):
+            case CancelOrder():
+                return write_num_cancelled(0)
+            case HealthQuery():
+                return write_health(StageHealth(stage, True, ready_replicas=0, num_replicas=0, restarts_total=0))
     except DiffusionError as error:
         return error
     return InvalidRequestError("this model's checkpoint has no such stage")

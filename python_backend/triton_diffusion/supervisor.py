@@ -1,0 +1,194 @@
+"""Watches a server that is ready: loads models anew whose process died, and starts the server again when it dies.
+
+Triton does not notice the death of a Python model's process: the model stays "ready", new requests fail after a second,
+and those that were in it are never answered. The chain models answer the requests that were in a stage
+(triton/chain_model.py); those that were in a chain end only with the server, whose connections their callers see break.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from triton_diffusion._admin import AdminError
+from triton_diffusion.errors import ConfigurationError
+from triton_diffusion.runtime.stub_processes import find_stubs, is_alive
+from triton_diffusion.server import TritonServer, describe_exit
+
+logger = logging.getLogger(__name__)
+
+# Models are loaded by others, too: look for their processes now and then.
+_SEARCH_S = 5.0
+_LONGEST_PAUSE_S = 30.0
+# A model without requests is gone at once, on a busy machine after seconds. Of a chain that is not, the whole server
+# has to be started anew, so it is given more time.
+_UNLOAD_S = 1.0
+_UNLOAD_CHAIN_S = 6.0
+_LOAD_ATTEMPTS = 4
+
+
+class Supervisor:
+    """Keeps one server alive, from when it is ready until it shall end.
+
+    report: is given one line for every fault, with what is done about it.
+    max_restarts: starts within `window_s` after which a server that dies again is given up.
+    startup_timeout_s: seconds that the loading of all models may take.
+    """
+
+    def __init__(
+        self,
+        server: TritonServer,
+        report: Callable[[str], None] = logger.warning,
+        *,
+        max_restarts: int = 5,
+        window_s: float = 600.0,
+        startup_timeout_s: float = 1860.0,
+        poll_s: float = 0.25,
+    ) -> None:
+        self._server = server
+        self._report = report
+        self._max_restarts = max_restarts
+        self._startup_timeout_s = startup_timeout_s
+        self._poll_s = poll_s
+        self._restarts = _Past(window_s)
+        self._deaths: defaultdict[str, _Past] = defaultdict(lambda: _Past(window_s))
+        self._stubs: dict[int, str] = {}
+        self._searched_s = 0.0
+        self._healing: set[str] = set()
+        self._reason = ""
+        """Why we ended the server; empty: it died by itself."""
+
+    def run(self) -> int | None:
+        """Return when the server has ended for good: its exit code (negative: a signal), None if it did not start."""
+        self._search()
+        while True:
+            if not self._server.wait_until_ended(self._poll_s):
+                self._look_at_stubs()
+                continue
+            exit_code = self._server.wait()
+            # 0: it was told to end, though not by us.
+            if self._server.stop_requested.is_set() or exit_code == 0:
+                return exit_code
+            if not self._start_again(self._reason or f"tritonserver {describe_exit(exit_code)}"):
+                return exit_code
+            self._reason = ""
+            self._search()
+
+    # ---------------------------------------------------------------- the server
+
+    def _start_again(self, reason: str) -> bool:
+        """Whether the server is ready again."""
+        while self._restarts.count() < self._max_restarts:
+            pause_s = _pause_s(self._restarts.count())
+            self._restarts.note()
+            self._report(
+                f"{reason}; starting it again in {pause_s:g} s "
+                f"({self._restarts.count()} of {self._max_restarts} starts in {self._restarts.window_s:g} s)"
+            )
+            if self._server.stop_requested.wait(pause_s):
+                return False
+            started_s = time.monotonic()
+            try:
+                self._server.restart()
+                self._server.wait_until_ready(self._startup_timeout_s)
+            except ConfigurationError as error:
+                if self._server.stop_requested.is_set():
+                    return False
+                reason = str(error)
+                continue
+            self._report(f"tritonserver is ready again after {time.monotonic() - started_s:.1f} s")
+            return True
+        self._report(
+            f"{reason}; given up after {self._max_restarts} starts in {self._restarts.window_s:g} s: "
+            "look at its log for what ends it"
+        )
+        return False
+
+    def _end_server(self, reason: str) -> None:
+        # When the server ends, so do all its models: the first reason is the cause.
+        if not self._reason and is_alive(self._server.pid):
+            self._reason = reason
+            self._server.kill_process()
+
+    # ---------------------------------------------------------------- its models
+
+    def _search(self) -> None:
+        self._stubs = find_stubs(self._server.pid)
+        self._searched_s = time.monotonic()
+
+    def _look_at_stubs(self) -> None:
+        if not is_alive(self._server.pid):
+            return
+        known = self._stubs
+        dead = {pid: model for pid, model in known.items() if not is_alive(pid)}
+        if dead or time.monotonic() - self._searched_s > _SEARCH_S:
+            self._search()
+        if self._server.stop_requested.is_set() or not is_alive(self._server.pid):
+            return
+        for pid, model in dead.items():
+            is_replaced = _count(self._stubs, model) >= _count(known, model)
+            if not is_replaced and model not in self._healing:
+                self._healing.add(model)
+                # Loading may take minutes, in which other models may die.
+                threading.Thread(target=self._heal, args=(model, pid), name=f"heal-{model}", daemon=True).start()
+
+    def _heal(self, model: str, pid: int) -> None:
+        started_s = time.monotonic()
+        try:
+            # One that somebody unloads ends in order.
+            if self._server.admin().state(model) != "READY":
+                return
+            self._report(f"the process of {model} (pid {pid}) died; loading the model anew")
+            self._load_anew(model, pid)
+            self._report(f"{model} is ready again after {time.monotonic() - started_s:.1f} s")
+        except AdminError as error:
+            if not self._server.stop_requested.is_set():
+                self._end_server(f"{model} died and could not be loaded anew ({error})")
+        finally:
+            self._healing.discard(model)
+
+    def _load_anew(self, model: str, pid: int) -> None:
+        admin = self._server.admin()
+        is_chain = pid in self._server.orders.chains()
+        admin.unload(model)
+        if not admin.wait_until_gone(model, _UNLOAD_CHAIN_S if is_chain else _UNLOAD_S) and is_chain:
+            self._end_server(f"{model} died with requests in it, whose callers only the end of the server tells")
+            raise AdminError("the server is ended")
+        deaths = self._deaths[model]
+        for attempt in range(_LOAD_ATTEMPTS):
+            self._server.stop_requested.wait(_pause_s(deaths.count()))
+            deaths.note()
+            try:
+                admin.load(model, self._startup_timeout_s)
+                return
+            except AdminError as error:
+                if attempt + 1 == _LOAD_ATTEMPTS or not self._server.is_running():
+                    raise
+                self._report(f"{model} could not be loaded: {error}; trying again")
+
+
+class _Past:
+    """How often something happened of late."""
+
+    def __init__(self, window_s: float) -> None:
+        self.window_s = window_s
+        self._times_s: list[float] = []
+
+    def note(self) -> None:
+        self._times_s.append(time.monotonic())
+
+    def count(self) -> int:
+        self._times_s = [at_s for at_s in self._times_s if time.monotonic() - at_s < self.window_s]
+        return len(self._times_s)
+
+
+def _pause_s(num_before: int) -> float:
+    """0, 1, 2, 4 ... seconds."""
+    return min(2.0 ** (num_before - 1), _LONGEST_PAUSE_S) if num_before else 0.0
+
+
+def _count(stubs: dict[int, str], model: str) -> int:
+    return sum(name == model for name in stubs.values())
