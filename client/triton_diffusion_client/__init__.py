@@ -8,16 +8,19 @@ from triton_diffusion_client._protocol import GenerationOptions, StreamOptions
 from triton_diffusion_client.async_client import AsyncDiffusionClient
 from triton_diffusion_client.client import DiffusionClient
 from triton_diffusion_client.errors import (
+    AccessDeniedError,
     DeadlineExceededError,
     DiffusionClientError,
     InvalidRequestError,
     ModelNotFoundError,
     RequestCancelledError,
     RequestTimeoutError,
+    ResourceExhaustedError,
     ServerError,
     ServerUnavailableError,
 )
 from triton_diffusion_client.families import Family, Parameter
+from triton_diffusion_client.health import Health, StageHealth
 from triton_diffusion_client.results import (
     Event,
     GeneratedImage,
@@ -29,6 +32,7 @@ from triton_diffusion_client.results import (
 )
 
 __all__ = [
+    "AccessDeniedError",
     "AsyncDiffusionClient",
     "DeadlineExceededError",
     "DiffusionClient",
@@ -39,6 +43,7 @@ __all__ = [
     "GeneratedVideo",
     "GenerationOptions",
     "GenerationResult",
+    "Health",
     "InputImage",
     "InvalidRequestError",
     "ModelNotFoundError",
@@ -47,8 +52,10 @@ __all__ = [
     "Progress",
     "RequestCancelledError",
     "RequestTimeoutError",
+    "ResourceExhaustedError",
     "ServerError",
     "ServerUnavailableError",
+    "StageHealth",
     "StreamOptions",
     "Timings",
 ]

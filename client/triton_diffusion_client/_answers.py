@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
 
 from triton_diffusion_client._protocol import WireRequest
 from triton_diffusion_client.errors import ServerError
 from triton_diffusion_client.families import Family, parse_families
+from triton_diffusion_client.health import Health, parse_health
 from triton_diffusion_client.results import (
     Event,
     GeneratedImage,
@@ -24,6 +26,9 @@ from triton_diffusion_client.results import (
     Timings,
     file_format,
 )
+
+# What reading an answer raises that is not of our protocol: nothing in it is believed. (JSON may be nested too deeply.)
+FOREIGN_ANSWER_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, InferenceServerException)
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,16 @@ class EventReader:
     """Makes events of a request's responses.
 
     A preview takes time to decode: it comes with the progress it belongs to, perhaps when later progress has been sent
-    already. Progress that does not go forward is not told again.
+    already. Progress that does not go forward is not told again, unless the request was started anew.
+
+    restarts: how often the client has sent the request before.
     """
 
-    def __init__(self, request: WireRequest) -> None:
+    def __init__(self, request: WireRequest, restarts: int = 0) -> None:
         self._request = request
         self._stage = ""
         self._step = -1
+        self._restarts_before = self._restarts = restarts
 
     def read(self, outputs: Outputs) -> list[Event]:
         """What one response says: [Progress], [Progress, Preview], [Preview], [GenerationResult], or nothing.
@@ -80,8 +88,8 @@ class EventReader:
                 return self._read_progress(progress, outputs)
             if (timings := _read_json(outputs, "timings")) is not None:
                 return [_read_result(timings, outputs, self._request)]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _foreign_answer(error, self._request) from error
+        except FOREIGN_ANSWER_ERRORS as error:
+            raise foreign_answer(error, self._request) from error
         return []
 
     def _read_progress(self, content: dict[str, Any], outputs: Outputs) -> list[Event]:
@@ -92,10 +100,11 @@ class EventReader:
             total=int(content["total"]),
             elapsed_s=float(content["elapsed_s"]),
             remaining_s=None if remaining_s is None else float(remaining_s),
+            restarts=self._restarts_before + int(content.get("restarts", 0)),
         )
         events: list[Event] = []
-        if progress.stage != self._stage or progress.step > self._step:
-            self._stage, self._step = progress.stage, progress.step
+        if self._goes_forward(progress):
+            self._stage, self._step, self._restarts = progress.stage, progress.step, progress.restarts
             events.append(progress)
         previews = outputs.as_numpy("preview_image")
         if previews is not None:
@@ -103,24 +112,38 @@ class EventReader:
             events.append(Preview(step=progress.step, total=progress.total, data=data))
         return events
 
+    def _goes_forward(self, progress: Progress) -> bool:
+        if progress.restarts != self._restarts:
+            return progress.restarts > self._restarts
+        return progress.stage != self._stage or progress.step > self._step
+
+
+def read_health(outputs: Outputs, request: WireRequest) -> Health:
+    """How the server is. Raises ServerError if the answer does not say."""
+    try:
+        return parse_health(_require(outputs, "health").item())
+    except FOREIGN_ANSWER_ERRORS as error:
+        raise foreign_answer(error, request) from error
+
 
 def read_cancelled(outputs: Outputs, request: WireRequest) -> bool:
     """Whether the cancel request found one to cancel. Raises ServerError if the answer does not say."""
     try:
         return bool(_require(outputs, "cancelled").item())
-    except (ValueError, KeyError) as error:
-        raise _foreign_answer(error, request) from error
+    except FOREIGN_ANSWER_ERRORS as error:
+        raise foreign_answer(error, request) from error
 
 
 def read_families(outputs: Outputs, request: WireRequest) -> tuple[Family, ...]:
     """What the server takes. Raises ServerError if the answer does not say."""
     try:
         return parse_families(_require(outputs, "families").item())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _foreign_answer(error, request) from error
+    except FOREIGN_ANSWER_ERRORS as error:
+        raise foreign_answer(error, request) from error
 
 
-def _foreign_answer(error: Exception, request: WireRequest) -> ServerError:
+def foreign_answer(error: Exception, request: WireRequest) -> ServerError:
+    """The error for an answer that is not of our protocol."""
     return ServerError(
         f"the answer of {request.model!r} is not one of triton-diffusion ({type(error).__name__}: {error}); "
         f"client and server may be of different versions",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from triton_diffusion_client._protocol import (
     WireRequest,
     build_cancel_request,
     build_families_request,
+    build_health_request,
     build_request,
     check_text,
     check_timeout,
 )
+from triton_diffusion_client._retries import DEFAULT_RETRIES, DEFAULT_RETRY_TIMEOUT_S, Attempts, Flag, RetryPolicy
 from triton_diffusion_client.errors import (
     DiffusionClientError,
     ModelNotFoundError,
@@ -29,6 +32,8 @@ from triton_diffusion_client.errors import (
 
 READINESS_POLL_S = 0.25
 READINESS_TIMEOUT_S = 5.0
+# The server waits 5 s for a stage that does not answer, and then says so.
+HEALTH_TIMEOUT_S = 15.0
 
 # What a server says, or does not say, before it is ready.
 NOT_READY_ERRORS = (ServerUnavailableError, ModelNotFoundError, RequestTimeoutError)
@@ -47,6 +52,8 @@ class BaseClient:
         cancellation_model: str | None = None,
         cancel_scope: str | None = None,
         timeout_s: float | None = None,
+        retries: int = DEFAULT_RETRIES,
+        retry_timeout_s: float = DEFAULT_RETRY_TIMEOUT_S,
         headers: Mapping[str, str] | None = None,
         ssl: bool = False,
         root_certificates: str | Path | None = None,
@@ -66,8 +73,11 @@ class BaseClient:
         self._stream_model = stream_model or stream_name(model)
         self._cancellation_model = cancellation_model or helper_name(model, "cancellation")
         self._families_model = helper_name(model, "families")
+        self._health_model = helper_name(model, "health")
         self._cancel_scope = uuid.uuid4().hex if cancel_scope is None else check_text("cancel_scope", cancel_scope)
         self._timeout_s = check_timeout(timeout_s)
+        self._retry_policy = RetryPolicy(retries=retries, retry_timeout_s=retry_timeout_s)
+        self._under_way: set[Attempts] = set()
         self._closed = False
         self._prepare_transport()
 
@@ -105,6 +115,28 @@ class BaseClient:
     def _build_families_request(self, name: str | None) -> WireRequest:
         self._require_open()
         return build_families_request(self._families_model, name, timeout_s=self._timeout_s)
+
+    def _build_health_request(self) -> WireRequest:
+        self._require_open()
+        timeout_s = HEALTH_TIMEOUT_S if self._timeout_s is None else self._timeout_s
+        return build_health_request(self._health_model, timeout_s=timeout_s)
+
+    @contextmanager
+    def _attempts(self, request: WireRequest, stopped: Flag) -> Iterator[Attempts]:
+        """The attempts of a request, which `_stop` finds until the end of the block."""
+        attempts = Attempts(request, self._retry_policy, stopped)
+        self._under_way.add(attempts)
+        try:
+            yield attempts
+        finally:
+            self._under_way.discard(attempts)
+
+    def _stop(self, request_id: str | None) -> bool:
+        """No further attempt of the requests of this id (None: of all). Returns whether one was between two of them."""
+        found = [each for each in list(self._under_way) if request_id in (None, each.request_id)]
+        for attempts in found:
+            attempts.stopped.set()
+        return any(attempts.is_pausing for attempts in found)
 
     def _require_open(self) -> None:
         if self._closed:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from triton_diffusion_client._protocol import TransportName
 from triton_diffusion_client.errors import ServerUnavailableError
 
+ADMIN_KEY_HEADER = "triton-diffusion-admin-key"
 DEFAULT_URLS: dict[TransportName, str] = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 
 
@@ -28,6 +29,12 @@ class Connection:
     private_key: Path | None = None
     certificate_chain: Path | None = None
     """PEM files by which the client proves who it is; both or none."""
+
+    def with_admin_key(self, key: str) -> Connection:
+        """The same with what opens the APIs that the server keeps for its operator."""
+        # Triton takes no other key over gRPC than one with this prefix.
+        prefix = "triton-grpc-protocol-" if self.protocol == "grpc" else ""
+        return replace(self, headers={**self.headers, f"{prefix}{ADMIN_KEY_HEADER}": key})
 
     def unreachable(self, reason: Exception | str, request_id: str | None = None) -> ServerUnavailableError:
         """The error for a server that does not answer, or stopped answering."""

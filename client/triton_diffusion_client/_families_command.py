@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from triton_diffusion_client._terminal import EXIT_OK, Hints, client_options, print_line, run_command
+from triton_diffusion_client._terminal import EXIT_OK, Hints, client_options, print_line, retry_options, run_command
 from triton_diffusion_client.client import DiffusionClient
 from triton_diffusion_client.errors import ModelNotFoundError
 from triton_diffusion_client.families import Family, Parameter
@@ -24,7 +24,7 @@ def families(args: argparse.Namespace) -> int:
 
 
 def _families(args: argparse.Namespace) -> int:
-    with DiffusionClient(model=args.model, **client_options(args)) as client:
+    with DiffusionClient(model=args.model, **client_options(args), **retry_options(args)) as client:
         found = client.families(args.name)
     if args.json:
         print_line(json.dumps([asdict(family) for family in found], ensure_ascii=False, indent=2), sys.stdout)

@@ -16,7 +16,14 @@ from tqdm import tqdm
 
 from triton_diffusion_client._output_files import OutputFiles, plan_output
 from triton_diffusion_client._protocol import GenerationOptions
-from triton_diffusion_client._terminal import EXIT_OK, client_options, print_line, report_error, run_command
+from triton_diffusion_client._terminal import (
+    EXIT_OK,
+    client_options,
+    print_line,
+    report_error,
+    retry_options,
+    run_command,
+)
 from triton_diffusion_client.async_client import AsyncDiffusionClient
 from triton_diffusion_client.errors import DiffusionClientError, ModelNotFoundError
 from triton_diffusion_client.results import GeneratedImage, GeneratedVideo, GenerationResult, Preview, Progress
@@ -33,6 +40,7 @@ _OPTIONS = (
     "fps",
     "num_inference_steps",
     "guidance_scale",
+    "guidance_scale_2",
     "embedded_guidance_scale",
     "flow_shift",
     "seed",
@@ -92,6 +100,7 @@ async def _generate_all(args: argparse.Namespace, options: GenerationOptions, fi
         stream_model=args.stream_model,
         cancel_scope=args.cancel_scope,
         **client_options(args),
+        **retry_options(args),
     ) as client:
         codes = await asyncio.gather(*(run(prompt) for prompt in args.prompt))
     return max(codes)
@@ -174,7 +183,8 @@ def _show(bar: ProgressBar, progress: Progress) -> None:
         return
     remaining = "" if progress.remaining_s is None else f", {progress.remaining_s:.1f} s left"
     bar.total, bar.n = progress.total, progress.step
-    bar.set_postfix_str(f"{progress.stage}, {progress.elapsed_s:.1f} s{remaining}", refresh=True)
+    restarted = f", started anew {progress.restarts} times" if progress.restarts else ""
+    bar.set_postfix_str(f"{progress.stage}, {progress.elapsed_s:.1f} s{remaining}{restarted}", refresh=True)
 
 
 def _report(

@@ -22,7 +22,7 @@ from triton_diffusion_client.errors import (
     RequestTimeoutError,
     error_from_message,
     error_from_status,
-    is_deadline_exceeded,
+    is_from_a_model,
 )
 
 _CHANNEL_OPTIONS = [
@@ -73,7 +73,7 @@ def to_client_error(
     """Our exception for an error that gRPC raised."""
     status, message = error.code().name, error.details() or ""
     request_id = None if request is None else request.request_id
-    if is_deadline_exceeded(message):
+    if is_from_a_model(message):
         return error_from_status(status, message, request_id)
     if status == "UNAVAILABLE" and any(complaint in message.lower() for complaint in _CONNECTION_COMPLAINTS):
         return connection.unreachable(message, request_id)
@@ -130,6 +130,9 @@ class GrpcTransport:
             raise to_client_error(error, self._connection, request) from None
         finally:
             call.cancel()  # on KeyboardInterrupt; without effect once the call has ended
+
+    def check_stream(self, request: WireRequest) -> None:
+        """Nothing to check: gRPC carries every format."""
 
     def stream(self, request: WireRequest) -> Generator[Outputs, None, None]:
         """Send a request and yield its responses; closing the iterator cancels it."""
@@ -206,6 +209,9 @@ class AsyncGrpcTransport:
             raise to_client_error(error, self._connection, request) from None
         finally:
             call.cancel()
+
+    def check_stream(self, request: WireRequest) -> None:
+        """Nothing to check: gRPC carries every format."""
 
     async def stream(self, request: WireRequest) -> AsyncGenerator[Outputs, None]:
         """Send a request and yield its responses; closing the iterator or cancelling the task cancels it."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.http import InferenceServerClient, InferInput, InferResult
 
-from triton_diffusion_client._answers import ModelState, Outputs
+from triton_diffusion_client._answers import FOREIGN_ANSWER_ERRORS, ModelState, Outputs, foreign_answer
 from triton_diffusion_client._connection import Connection
 from triton_diffusion_client._protocol import WireRequest
 from triton_diffusion_client.errors import (
@@ -71,16 +71,26 @@ def to_stream_request(request: WireRequest) -> HttpRequest:
     """
     fields: dict[str, Any] = {**request.values, **request.parameters, "id": request.request_id}
     if request.output_format is not None:
-        fields["output_format"] = _TEXT_FORMATS.get(request.output_format, request.output_format)
-    if not fields.get("output_format", "b64_").startswith("b64_"):
-        raise ValueError(
-            f"output_format={request.output_format!r} cannot be streamed over HTTP, which carries text; "
-            f"use {', '.join(map(repr, _TEXT_FORMATS))}, protocol='grpc', or generate()"
-        )
+        fields["output_format"] = _text_format(request.output_format)
     if request.images:
         fields["image"] = [base64.b64encode(image).decode() for image in request.images]
     headers = {"Content-Type": "application/json"}
     return HttpRequest(_model_path(request, "generate_stream"), headers, json.dumps(fields).encode())
+
+
+def _text_format(output_format: str) -> str:
+    text_format = _TEXT_FORMATS.get(output_format, output_format)
+    if not text_format.startswith("b64_"):
+        raise ValueError(
+            f"output_format={output_format!r} cannot be streamed over HTTP, which carries text; "
+            f"use {', '.join(map(repr, _TEXT_FORMATS))}, protocol='grpc', or generate()"
+        )
+    return text_format
+
+
+def _check_stream(request: WireRequest) -> None:
+    if request.output_format is not None:
+        _text_format(request.output_format)
 
 
 def _model_path(request: WireRequest, verb: str) -> str:
@@ -96,9 +106,12 @@ def read_infer_response(status: int, headers: Any, body: bytes, request: WireReq
     if status != http.client.OK:
         raise _error(status, headers, body, request)
     header_length = headers.get("Inference-Header-Content-Length")
-    outputs: Outputs = InferResult.from_response_body(
-        body, header_length=None if header_length is None else int(header_length)
-    )
+    try:
+        outputs: Outputs = InferResult.from_response_body(
+            body, header_length=None if header_length is None else int(header_length)
+        )
+    except FOREIGN_ANSWER_ERRORS as error:
+        raise foreign_answer(error, request) from error
     return outputs
 
 
@@ -111,7 +124,7 @@ def _error(status: int, headers: Any, body: bytes, request: WireRequest) -> Diff
         return error_from_message(message, InvalidRequestError, request.request_id)
     try:
         message = str(json.loads(text)["error"])
-    except (ValueError, KeyError, TypeError):
+    except FOREIGN_ANSWER_ERRORS:
         message = text or f"the server answered HTTP {status} {http.client.responses.get(status, '')} without a word"
     if status == http.client.BAD_REQUEST and "cancelled" in message:
         # Not every version of Triton has an HTTP status of its own for a cancel.
@@ -149,8 +162,8 @@ class EventDecoder:
         *lines, rest = b"".join(self._pieces).split(b"\n")
         self._pieces = [rest]
         try:
-            return [json.loads(line[len(b"data:") :]) for line in lines if line.startswith(b"data:")]
-        except ValueError as error:
+            return [dict(json.loads(line[len(b"data:") :])) for line in lines if line.startswith(b"data:")]
+        except FOREIGN_ANSWER_ERRORS as error:
             raise ServerError(f"an event of the stream is not JSON ({error})") from error
 
     def decode_outputs(self, piece: bytes) -> Iterator[Outputs]:
@@ -242,7 +255,10 @@ class HttpTransport:
         status, headers, body = self._post(HttpRequest("/v2/repository/index", {}, b"{}"), request)
         if status != http.client.OK:
             raise _error(status, headers, body, request)
-        return [ModelState(str(entry["name"]), str(entry.get("state", ""))) for entry in json.loads(body)]
+        try:
+            return [ModelState(str(entry["name"]), str(entry.get("state", ""))) for entry in json.loads(body)]
+        except FOREIGN_ANSWER_ERRORS as error:
+            raise foreign_answer(error, request) from error
 
     def load_model(self, request: WireRequest) -> None:
         """Load a model; returns when it is ready."""
@@ -267,6 +283,10 @@ class HttpTransport:
             raise self._to_client_error(error, request) from None
         finally:
             exchange.close()
+
+    def check_stream(self, request: WireRequest) -> None:
+        """Raises ValueError for a format that HTTP cannot stream."""
+        _check_stream(request)
 
     def stream(self, request: WireRequest) -> Generator[Outputs, None, None]:
         """Send a request and yield its responses; closing the iterator closes the connection."""
@@ -334,6 +354,10 @@ class AsyncHttpTransport:
                 return read_infer_response(response.status, response.headers, await response.read(), request)
         except (OSError, aiohttp.ClientError) as error:
             raise self._to_client_error(error, request) from None
+
+    def check_stream(self, request: WireRequest) -> None:
+        """Raises ValueError for a format that HTTP cannot stream."""
+        _check_stream(request)
 
     def stream(self, request: WireRequest) -> AsyncGenerator[Outputs, None]:
         """Send a request and yield its responses; closing the iterator or cancelling the task closes the connection."""

@@ -14,13 +14,13 @@ def stream_name(name: str) -> str:
 
 
 def helper_name(name: str, role: str) -> str:
-    """A stage, or the model `cancellation` or `families`; beside the default chain they bear no prefix."""
+    """A stage, or the model `cancellation`, `families` or `health`; beside the default chain they bear no prefix."""
     return role if name == DEFAULT_NAME else f"{name}_{role}"
 
 
 def load_order(name: str) -> list[str]:
     """All models that a name can have: each before those that call it, the chain last."""
-    helpers = [helper_name(name, role) for role in (*_STAGES, "cancellation", "families")]
+    helpers = [helper_name(name, role) for role in (*_STAGES, "cancellation", "families", "health")]
     return [*helpers, stream_name(name), name]
 
 

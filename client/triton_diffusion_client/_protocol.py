@@ -2,7 +2,7 @@
 
 The chain (`diffusion`) answers once; its stream (`diffusion_stream`) sends progress first; `cancellation` cancels what
 either has in work; `families` tells what they take. An argument that is not set is not sent: the server knows the
-defaults of its checkpoint.
+defaults of its checkpoint. But the seed always is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import secrets
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,12 +43,14 @@ class GenerationOptions(TypedDict, total=False):
     num_inference_steps: int | None
     guidance_scale: float | None
     """Classifier-free guidance: mixes the predictions with and without the prompt."""
+    guidance_scale_2: float | None
+    """That of the steps of low noise, where a second transformer makes those (Wan 2.2)."""
     embedded_guidance_scale: float | None
     """For a guidance-distilled model (FLUX.1-dev): a number the model takes in."""
     flow_shift: float | None
     """Shift of a flow-matching schedule: a higher one stays longer at high noise."""
     seed: int | None
-    """Of the first output. Without one the server draws it, and the result tells it."""
+    """Of the first output. Without one the client draws it, and the result tells it."""
     num_images_per_prompt: int | None
     """Pictures, or videos where the model makes those."""
     max_sequence_length: int | None
@@ -58,13 +61,13 @@ class GenerationOptions(TypedDict, total=False):
     output_quality: int | None
     """1 to 100, for jpeg and webp."""
     timeout_s: float | None
-    """Longest wait for the whole request, in place of the client's own `timeout_s`; math.inf: none."""
+    """Longest wait for the request, all attempts together, in place of the client's own `timeout_s`; math.inf: none."""
     request_id: str | None
     """The id under which the server's log names the request and `cancel` finds it; without one the client makes it."""
     priority: int | None
     """0 to 9: requests of 9 go first, those of 0 last; the server's default is 5."""
     deadline_s: float | None
-    """Seconds after its arrival at the server within which the result is wanted."""
+    """Seconds after it is first sent within which the result is wanted."""
     deadline_action: DeadlineAction | None
     """What becomes of a request that cannot meet `deadline_s`, by the server's estimate: "refuse" (the server's
     default) refuses it at once, and drops it later if it cannot be met any more; "drop" tries, and drops it once it
@@ -87,6 +90,7 @@ _TENSORS = {
     "fps": ("fps", "FP32"),
     "num_inference_steps": ("num_inference_steps", "INT32"),
     "guidance_scale": ("guidance_scale", "FP32"),
+    "guidance_scale_2": ("guidance_scale_2", "FP32"),
     "embedded_guidance_scale": ("embedded_guidance_scale", "FP32"),
     "flow_shift": ("flow_shift", "FP32"),
     "strength": ("strength", "FP32"),
@@ -101,6 +105,7 @@ _TENSORS = {
     "deadline_action": ("deadline_action", "BYTES"),
 }
 _DATATYPES = {**dict(_TENSORS.values()), "prompt": "BYTES", "request_id": "BYTES", "name": "BYTES"}
+_NUM_RANDOM_SEEDS = 2**32
 _INTEGER_BITS = {"INT32": 32, "INT64": 64}
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -160,6 +165,8 @@ def build_request(
     for option, (tensor, datatype) in _TENSORS.items():
         if options.get(option) is not None:
             values[tensor] = _to_wire(option, options[option], datatype)
+    # Fixed here, so that the request draws the same however often it is sent.
+    values.setdefault("seed", secrets.randbelow(_NUM_RANDOM_SEEDS))
     image, timeout_s = options.get("image"), options.get("timeout_s")
     return WireRequest(
         model=model,
@@ -186,6 +193,11 @@ def build_families_request(model: str, name: str | None, *, timeout_s: float | N
     """The request for what a server takes. Raises TypeError or ValueError for a name that cannot be put on the wire."""
     values = {} if name is None else {"name": check_text("name", name)}
     return WireRequest(model=model, request_id=uuid.uuid4().hex, cancel_scope="", timeout_s=timeout_s, values=values)
+
+
+def build_health_request(model: str, *, timeout_s: float | None) -> WireRequest:
+    """The request for how a server is: it has no inputs."""
+    return WireRequest(model=model, request_id=uuid.uuid4().hex, cancel_scope="", timeout_s=timeout_s, values={})
 
 
 def build_control_request(model: str, *, timeout_s: float | None) -> WireRequest:

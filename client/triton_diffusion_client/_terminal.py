@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -36,7 +38,8 @@ def run_command(run: Callable[[], int], *, interrupted: str, hints: Hints | None
     interrupted: what Ctrl-C leaves behind. hints: beside those for time-outs and deadlines.
     """
     try:
-        return run()
+        with _warnings_on_the_terminal():
+            return run()
     except KeyboardInterrupt:
         print_error(f"interrupted; {interrupted}")
         return EXIT_INTERRUPTED
@@ -47,7 +50,9 @@ def run_command(run: Callable[[], int], *, interrupted: str, hints: Hints | None
 def report_error(error: Exception, *, where: str = "", hints: Hints | None = None) -> int:
     """Print an error with what to do about it, and return the exit code for it. where: what it is about."""
     hint = {**_HINTS, **(hints or {})}.get(type(error))
-    print_error(f"{where}{error}{f'; {hint}' if hint else ''}")
+    attempts = error.attempts if isinstance(error, DiffusionClientError) else 1
+    given_up = f" (given up after {attempts} attempts)" if attempts > 1 else ""
+    print_error(f"{where}{error}{given_up}{f'; {hint}' if hint else ''}")
     return EXIT_INVALID if isinstance(error, InvalidRequestError | ValueError | TypeError) else EXIT_FAILED
 
 
@@ -62,9 +67,32 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def retry_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a client whose requests may be sent again."""
+    return {"retries": args.retries, "retry_timeout_s": args.retry_timeout_s}
+
+
+class _WarningLines(logging.Handler):
+    """What the client logs, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_line(f"warning: {record.getMessage()}", sys.stderr)
+
+
+@contextmanager
+def _warnings_on_the_terminal() -> Iterator[None]:
+    logger, handler = logging.getLogger("triton_diffusion_client"), _WarningLines(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def print_line(line: str, file: TextIO) -> None:
-    """One line, out of the way of the progress bars."""
-    tqdm.write(line, file=file)
+    """One line, out of the way of the progress bars, without what would control the terminal: servers can send that."""
+    printable = (each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in line)
+    tqdm.write("".join(printable), file=file)
 
 
 def print_error(message: str) -> None:

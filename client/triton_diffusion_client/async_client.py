@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -15,6 +15,7 @@ from triton_diffusion_client._answers import (
     missing_result,
     read_cancelled,
     read_families,
+    read_health,
     read_result,
 )
 from triton_diffusion_client._base import (
@@ -25,8 +26,10 @@ from triton_diffusion_client._base import (
 )
 from triton_diffusion_client._connection import Connection
 from triton_diffusion_client._protocol import GenerationOptions, StreamOptions, WireRequest
+from triton_diffusion_client._retries import Attempts
 from triton_diffusion_client.errors import DiffusionClientError
 from triton_diffusion_client.families import Family
+from triton_diffusion_client.health import Health
 from triton_diffusion_client.results import Event, GenerationResult
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ class AsyncDiffusionClient(BaseClient):
     async def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Make pictures or a video of `prompt` and wait for them; see DiffusionClient.generate."""
         request = self._build_request(prompt, options)
-        return read_result(await self._open_transport().infer(request), request)
+        return read_result(await self._infer(request), request)
 
     def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> AsyncGenerator[Event, None]:
         """As `generate`, but yields Progress and Preview while the server works, and GenerationResult at the end.
@@ -58,19 +61,25 @@ class AsyncDiffusionClient(BaseClient):
         once. See DiffusionClient.stream.
         """
         request = self._build_stream_request(prompt, options)
-        return self._read_stream(self._open_transport().stream(request), request)
+        self._open_transport().check_stream(request)
+        return self._read_stream(request)
 
-    async def _read_stream(
-        self, responses: AsyncGenerator[Outputs, None], request: WireRequest
-    ) -> AsyncGenerator[Event, None]:
-        reader = EventReader(request)
-        async with aclosing(responses):
-            async for outputs in responses:
-                for event in reader.read(outputs):
-                    yield event
-                    if isinstance(event, GenerationResult):
-                        return
-        raise missing_result(request)
+    async def _read_stream(self, request: WireRequest) -> AsyncGenerator[Event, None]:
+        with self._attempts(request, asyncio.Event()) as attempts:
+            while True:
+                try:
+                    responses = self._open_transport().stream(attempts.next_request())
+                    reader = EventReader(request, restarts=attempts.num_failed)
+                    async with aclosing(responses):
+                        async for outputs in responses:
+                            for event in reader.read(outputs):
+                                yield event
+                                if isinstance(event, GenerationResult):
+                                    return
+                    raise missing_result(request)
+                except DiffusionClientError as error:
+                    pause_s = attempts.pause_after(error)
+                await _pause(attempts, pause_s)
 
     async def cancel(self, request_id: str) -> bool:
         """Cancel a request: True if one of that id was waiting or running, False if there is none (any more).
@@ -79,12 +88,31 @@ class AsyncDiffusionClient(BaseClient):
         that was cancelled raises RequestCancelledError where it is awaited. See DiffusionClient.cancel.
         """
         request = self._build_cancel_request(request_id)
+        if self._stop(request_id):
+            return True
         return read_cancelled(await self._open_transport().infer(request), request)
 
     async def families(self, name: str | None = None) -> tuple[Family, ...]:
         """What the served checkpoint takes; see DiffusionClient.families."""
         request = self._build_families_request(name)
-        return read_families(await self._open_transport().infer(request), request)
+        return read_families(await self._infer(request), request)
+
+    async def health(self) -> Health:
+        """How the stages of the served checkpoint are, asked once: see `is_ready` for a yes or no.
+        See DiffusionClient.health.
+        """
+        request = self._build_health_request()
+        return read_health(await self._open_transport().infer(request), request)
+
+    async def _infer(self, request: WireRequest) -> Outputs:
+        """The answer to a request, which is sent again where that may help."""
+        with self._attempts(request, asyncio.Event()) as attempts:
+            while True:
+                try:
+                    return await self._open_transport().infer(attempts.next_request())
+                except DiffusionClientError as error:
+                    pause_s = attempts.pause_after(error)
+                await _pause(attempts, pause_s)
 
     async def is_ready(self) -> bool:
         """Whether the server can be reached and has loaded the model."""
@@ -120,6 +148,7 @@ class AsyncDiffusionClient(BaseClient):
     async def close(self) -> None:
         """End what is under way and close the connection."""
         self._closed = True
+        self._stop(None)
         if self._transport is not None:
             transport, self._transport = self._transport, None
             await transport.close()
@@ -131,6 +160,13 @@ class AsyncDiffusionClient(BaseClient):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+async def _pause(attempts: Attempts, pause_s: float) -> None:
+    stopped = attempts.stopped
+    assert isinstance(stopped, asyncio.Event)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stopped.wait(), pause_s)
 
 
 def _make_transport(connection: Connection) -> AsyncGrpcTransport | AsyncHttpTransport:

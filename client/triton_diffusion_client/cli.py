@@ -11,6 +11,7 @@ from typing import get_args
 from triton_diffusion_client._connection import DEFAULT_URLS
 from triton_diffusion_client._model_names import DEFAULT_NAME
 from triton_diffusion_client._protocol import DeadlineAction, OutputFormat
+from triton_diffusion_client._retries import DEFAULT_RETRIES, DEFAULT_RETRY_TIMEOUT_S
 
 _SERVER_COMMANDS = {
     "serve": "serve a checkpoint with Triton",
@@ -21,7 +22,7 @@ _SERVER_COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 done, 1 failed (or nothing to cancel), 2 wrong usage or invalid request, 130 interrupted.
+    0 done, 1 failed (or nothing to cancel, or not ready), 2 wrong usage or invalid request, 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in _SERVER_COMMANDS:
@@ -42,6 +43,10 @@ def _run_client_command(args: argparse.Namespace) -> int:
             from triton_diffusion_client import _families_command
 
             return _families_command.families(args)
+        case "health":
+            from triton_diffusion_client import _health_command
+
+            return _health_command.health(args)
         case "load":
             from triton_diffusion_client import _model_control_command
 
@@ -116,12 +121,18 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--num-inference-steps", type=int, metavar="N", help="denoising steps")
     picture.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance")
     picture.add_argument(
+        "--guidance-scale-2",
+        type=float,
+        metavar="X",
+        help="that of the steps of low noise, where a second transformer makes those, as in Wan 2.2",
+    )
+    picture.add_argument(
         "--embedded-guidance-scale", type=float, metavar="X", help="guidance of a distilled model, such as FLUX.1-dev"
     )
     picture.add_argument(
         "--flow-shift", type=float, metavar="X", help="shift of a flow-matching schedule: higher, longer at high noise"
     )
-    picture.add_argument("--seed", type=int, metavar="N", help="of the first output; without it the server draws one")
+    picture.add_argument("--seed", type=int, metavar="N", help="of the first output; without it a random one")
     picture.add_argument("--num-images-per-prompt", type=int, metavar="N", help="pictures, or videos")
     picture.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens of the prompt that count")
 
@@ -130,7 +141,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="outputs/",
         metavar="PATH",
-        help="folder, or file for a single picture or video (default: %(default)s)",
+        help="folder, or file for a single picture or video: what it holds is replaced (default: %(default)s)",
     )
     output.add_argument(
         "--output-format",
@@ -145,7 +156,10 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     queue = parser.add_argument_group("the queue")
     queue.add_argument("--priority", type=int, metavar="N", help="0 to 9: 9 goes first (the server's default: 5)")
     queue.add_argument(
-        "--deadline-s", type=float, metavar="S", help="the result is wanted within S seconds after the request arrives"
+        "--deadline-s",
+        type=float,
+        metavar="S",
+        help="the result is wanted within S seconds after it is first asked for",
     )
     queue.add_argument(
         "--deadline-action",
@@ -162,6 +176,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     server = parser.add_argument_group("server")
     _add_connection_arguments(server)
+    _add_retry_arguments(server)
     _add_model_argument(server)
     server.add_argument(
         "--stream-model", metavar="NAME", help="the model that sends progress (default: that of --model, MODEL_stream)"
@@ -188,6 +203,14 @@ def _add_families_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     server = parser.add_argument_group("server")
     _add_connection_arguments(server)
+    _add_retry_arguments(server)
+    _add_model_argument(server)
+
+
+def _add_health_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="JSON instead of text")
+    server = parser.add_argument_group("server")
+    _add_connection_arguments(server)
     _add_model_argument(server)
 
 
@@ -195,9 +218,18 @@ def _add_model_control_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help=f"of the chain, such as {DEFAULT_NAME}; its stages, stream, cancellation and families come with it",
+        help=f"of the chain, such as {DEFAULT_NAME}; all models named after it come with it",
     )
-    _add_connection_arguments(parser.add_argument_group("server (started with --model-control-mode=explicit)"))
+    server = parser.add_argument_group(
+        "server (in --model-control-mode=explicit, as that of 'triton-diffusion serve' is)"
+    )
+    _add_connection_arguments(server)
+    server.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help="what the server was started with, without which it lets nobody load and unload (default: the environment "
+        "variable TRITON_DIFFUSION_ADMIN_KEY, which other users of this machine cannot read)",
+    )
 
 
 def _add_model_argument(server: argparse._ActionsContainer) -> None:
@@ -235,10 +267,32 @@ def _add_connection_arguments(server: argparse._ActionsContainer) -> None:
     )
 
 
+def _add_retry_arguments(server: argparse._ActionsContainer) -> None:
+    server.add_argument(
+        "--retries",
+        type=int,
+        default=DEFAULT_RETRIES,
+        metavar="N",
+        help="how often a request is sent again while the server is starting, restarting, full or out of reach "
+        "(default: %(default)s; 0: fail at once)",
+    )
+    server.add_argument(
+        "--retry-timeout-s",
+        type=float,
+        default=DEFAULT_RETRY_TIMEOUT_S,
+        metavar="S",
+        help="seconds of waiting between the attempts of a request in all (default: %(default)g)",
+    )
+
+
 _CLIENT_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "generate": (_add_generate_arguments, "ask a running server for pictures or videos"),
     "cancel": (_add_cancel_arguments, "take back a request that waits or runs"),
     "families": (_add_families_arguments, "tell what the served checkpoint takes"),
+    "health": (
+        _add_health_arguments,
+        "tell how a server and its stages are; exit code 0: ready, 1: not",
+    ),
     "load": (_add_model_control_arguments, "load the models of a name into a running server"),
     "unload": (_add_model_control_arguments, "unload the models of a name, once their requests are done"),
 }

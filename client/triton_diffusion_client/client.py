@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -14,6 +15,7 @@ from triton_diffusion_client._answers import (
     missing_result,
     read_cancelled,
     read_families,
+    read_health,
     read_result,
 )
 from triton_diffusion_client._base import (
@@ -24,8 +26,10 @@ from triton_diffusion_client._base import (
 )
 from triton_diffusion_client._connection import Connection
 from triton_diffusion_client._protocol import GenerationOptions, StreamOptions, WireRequest
+from triton_diffusion_client._retries import Attempts
 from triton_diffusion_client.errors import DiffusionClientError
 from triton_diffusion_client.families import Family
+from triton_diffusion_client.health import Health
 from triton_diffusion_client.results import Event, GenerationResult
 
 if TYPE_CHECKING:
@@ -49,6 +53,11 @@ class DiffusionClient(BaseClient):
     cancel_scope: goes with every request; a cancel finds only requests of its own scope. None: a random secret, so
         that nobody else can cancel this client's requests. Empty: the scope of all requests that name none.
     timeout_s: longest wait for a whole request, unless the request says otherwise; None: as long as it takes.
+    retries, retry_timeout_s: a request that finds the server starting, restarting, draining or full, or cannot reach
+        it, is sent again up to `retries` times, after pauses that grow and last at most `retry_timeout_s` seconds in
+        all; 0: not once. It keeps its seed, so it draws the same picture, and its `timeout_s` and `deadline_s` count
+        from the first attempt. The logger "triton_diffusion_client" warns of each. Nothing else that fails is sent
+        again, and neither are `cancel` and `health`.
     headers: sent with every request (gRPC: as metadata), for an authorization for example.
     ssl, root_certificates, private_key, certificate_chain: as in tritonclient; the last three name PEM files.
     """
@@ -64,37 +73,46 @@ class DiffusionClient(BaseClient):
         whose file cannot be read.
         """
         request = self._build_request(prompt, options)
-        return read_result(self._transport.infer(request), request)
+        return read_result(self._infer(request), request)
 
     def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Generator[Event, None, None]:
         """As `generate`, but yields Progress and Preview while the server works, and GenerationResult at the end.
 
         The request is sent when the first event is asked for. Leaving the loop early, `close()`, Ctrl-C and the
-        time-out cancel it on the server. Raises as `generate` does.
+        time-out cancel it on the server. A stream that breaks is started anew: the next Progress has one more of
+        `restarts`, and its `step` may be lower. Raises as `generate` does.
         """
         request = self._build_stream_request(prompt, options)
-        return self._read_stream(self._transport.stream(request), request)
+        self._transport.check_stream(request)
+        return self._read_stream(request)
 
-    def _read_stream(
-        self, responses: Generator[Outputs, None, None], request: WireRequest
-    ) -> Generator[Event, None, None]:
-        reader = EventReader(request)
-        with closing(responses):
-            for outputs in responses:
-                for event in reader.read(outputs):
-                    yield event
-                    if isinstance(event, GenerationResult):
-                        return
-        raise missing_result(request)
+    def _read_stream(self, request: WireRequest) -> Generator[Event, None, None]:
+        with self._attempts(request, threading.Event()) as attempts:
+            while True:
+                try:
+                    responses = self._transport.stream(attempts.next_request())
+                    reader = EventReader(request, restarts=attempts.num_failed)
+                    with closing(responses):
+                        for outputs in responses:
+                            for event in reader.read(outputs):
+                                yield event
+                                if isinstance(event, GenerationResult):
+                                    return
+                    raise missing_result(request)
+                except DiffusionClientError as error:
+                    pause_s = attempts.pause_after(error)
+                _pause(attempts, pause_s)
 
     def cancel(self, request_id: str) -> bool:
         """Cancel a request: True if one of that id was waiting or running, False if there is none (any more).
 
         The id is what `request_id=` named; a result tells it too. A client cancels its own requests; clients that
         share a `cancel_scope` can cancel each other's. The request that was cancelled raises RequestCancelledError
-        where it is waited for. Raises as `generate` does.
+        where it is waited for, also one that waits to be sent again. Raises as `generate` does.
         """
         request = self._build_cancel_request(request_id)
+        if self._stop(request_id):
+            return True
         return read_cancelled(self._transport.infer(request), request)
 
     def families(self, name: str | None = None) -> tuple[Family, ...]:
@@ -103,7 +121,25 @@ class DiffusionClient(BaseClient):
         Raises as `generate` does.
         """
         request = self._build_families_request(name)
-        return read_families(self._transport.infer(request), request)
+        return read_families(self._infer(request), request)
+
+    def health(self) -> Health:
+        """How the stages of the served checkpoint are, asked once: see `is_ready` for a yes or no.
+
+        Raises as `generate` does; ServerUnavailableError where the server cannot be reached.
+        """
+        request = self._build_health_request()
+        return read_health(self._transport.infer(request), request)
+
+    def _infer(self, request: WireRequest) -> Outputs:
+        """The answer to a request, which is sent again where that may help."""
+        with self._attempts(request, threading.Event()) as attempts:
+            while True:
+                try:
+                    return self._transport.infer(attempts.next_request())
+                except DiffusionClientError as error:
+                    pause_s = attempts.pause_after(error)
+                _pause(attempts, pause_s)
 
     def is_ready(self) -> bool:
         """Whether the server can be reached and has loaded the model."""
@@ -134,6 +170,7 @@ class DiffusionClient(BaseClient):
         """End what is under way and close the connection."""
         if not self._closed:
             self._closed = True
+            self._stop(None)
             self._transport.close()
 
     def __enter__(self) -> Self:
@@ -143,6 +180,12 @@ class DiffusionClient(BaseClient):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _pause(attempts: Attempts, pause_s: float) -> None:
+    stopped = attempts.stopped
+    assert isinstance(stopped, threading.Event)
+    stopped.wait(pause_s)
 
 
 def open_transport(connection: Connection) -> GrpcTransport | HttpTransport:

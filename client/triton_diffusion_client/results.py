@@ -144,6 +144,9 @@ class Progress:
     elapsed_s: float
     remaining_s: float | None = None
     """The server's estimate; None: not known yet."""
+    restarts: int = 0
+    """How often the request was started anew, because workers of the server died or because the client sent it again.
+    `step` then goes back: to the last checkpoint, or to the beginning."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -44,6 +44,7 @@ INPUTS = {
     "flow_shift",
     "num_inference_steps",
     "guidance_scale",
+    "guidance_scale_2",
     "embedded_guidance_scale",
     "seed",
     "num_outputs",
@@ -120,7 +121,21 @@ class ReceivedRequest:
 class TritonDouble:
     """The models of the chains `diffusion` (pictures) and `wan` (videos); a prompt decides what its request gets."""
 
-    def __init__(self, private_key: Path | None = None, certificate: Path | None = None) -> None:
+    def __init__(
+        self,
+        private_key: Path | None = None,
+        certificate: Path | None = None,
+        *,
+        grpc_port: int = 0,
+        http_port: int = 0,
+    ) -> None:
+        self.refusals: list[tuple[str, int, str]] = []
+        """gRPC status, HTTP status and message of the answers to the next requests."""
+        self.num_breaks = 0
+        """How many of the next requests fail after their first step, in the words of a stage that goes away."""
+        self.admin_key: str | None = None
+        """What opens the repository, if it is closed."""
+        self.health: Any = {"ready": True, "stages": {}}
         self.received: list[ReceivedRequest] = []
         self.is_ready = True
         self.repository = RepositoryDouble()
@@ -129,12 +144,12 @@ class TritonDouble:
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_GrpcService(self), self._grpc_server)
         if private_key is not None and certificate is not None:
             credentials = grpc.ssl_server_credentials([(private_key.read_bytes(), certificate.read_bytes())])
-            grpc_port = self._grpc_server.add_secure_port("127.0.0.1:0", credentials)
+            grpc_port = self._grpc_server.add_secure_port(f"127.0.0.1:{grpc_port}", credentials)
         else:
-            grpc_port = self._grpc_server.add_insecure_port("127.0.0.1:0")
+            grpc_port = self._grpc_server.add_insecure_port(f"127.0.0.1:{grpc_port}")
         self.grpc_url = f"127.0.0.1:{grpc_port}"
         self._grpc_server.start()
-        self._http_server = _HttpServer(("127.0.0.1", 0), _HttpHandler)
+        self._http_server = _HttpServer(("127.0.0.1", http_port), _HttpHandler)
         self._http_server.double = self
         if private_key is not None and certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -161,6 +176,8 @@ class TritonDouble:
         try:
             if request.model in ("cancellation", "wan_cancellation"):
                 yield {"cancelled": np.array([self._cancel(request)])}
+            elif request.model in ("health", "wan_health"):
+                yield {"health": _text(json.dumps(self.health))}
             elif request.model in ("families", "wan_families"):
                 name = request.value("name")
                 yield {"families": _text(json.dumps([f for f in FAMILIES if name in (None, f["family"])]))}
@@ -182,6 +199,8 @@ class TritonDouble:
             message = f"Request for unknown model: '{request.model}' is not found"
             raise RequestFailedError("NOT_FOUND", 404, message)
         prompt = request.value("prompt")
+        if self.refusals:
+            raise RequestFailedError(*self.refusals.pop(0))
         if prompt in ERRORS:
             raise RequestFailedError(*ERRORS[prompt])
         steps = request.value("num_inference_steps", 3)
@@ -192,6 +211,9 @@ class TritonDouble:
                 return
             if request.model.endswith("_stream"):
                 yield self._progress(request, step, steps)
+            if self.num_breaks and step == 2:
+                self.num_breaks -= 1
+                raise RequestFailedError("UNAVAILABLE", 503, "denoising is being unloaded; try again", False)
             if prompt == "midway" and step == 2:
                 raise RequestFailedError("INTERNAL", 500, "the worker group died", before_answer=False)
             if prompt == "midway too late" and step == 2:
@@ -294,6 +316,7 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ModelReadyResponse(ready=request.name == "diffusion")
 
     def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self._require_key(context)
         models = [service_pb2.RepositoryIndexResponse.ModelIndex(**entry) for entry in self._double.repository.index()]
         return service_pb2.RepositoryIndexResponse(models=models)
 
@@ -304,6 +327,12 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
     def RepositoryModelUnload(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         self._control("unload", request.model_name, context)
         return service_pb2.RepositoryModelUnloadResponse()
+
+    def _require_key(self, context: grpc.ServicerContext) -> None:
+        key, header = self._double.admin_key, "triton-grpc-protocol-triton-diffusion-admin-key"
+        if key is not None and dict(context.invocation_metadata()).get(header) != key:
+            message = f"This protocol is restricted, expecting header '{header}'"
+            context.abort(grpc.StatusCode.UNAVAILABLE, message)
 
     def _control(self, verb: str, model: str, context: grpc.ServicerContext) -> None:
         if (error := self._double.repository.control(verb, model)) is not None:
@@ -386,6 +415,10 @@ class _HttpHandler(http.server.BaseHTTPRequestHandler):
         double = self.server.double
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path.startswith("/v2/repository/"):
+            if double.admin_key not in (None, self.headers["triton-diffusion-admin-key"]):
+                message = "This API is restricted, expecting header 'triton-diffusion-admin-key'"
+                self._answer(403, json.dumps({"error": message}).encode())
+                return
             self._control(double.repository)
             return
         _, _, _, model, verb = self.path.split("/")
@@ -493,51 +526,58 @@ def _to_json(tensor: np.ndarray) -> Any:
 
 
 class Caller:
-    """One kind of client (blocking or asyncio, gRPC or HTTP) behind one blocking face."""
+    """One kind of client (blocking or asyncio, gRPC or HTTP) behind one blocking face.
+
+    It sends nothing again unless the client is told to.
+    """
 
     def __init__(self, is_async: bool, protocol: Any, url: str) -> None:
         self.is_async, self.protocol, self.url = is_async, protocol, url
 
     def generate(self, prompt: str, *, client: dict[str, Any] | None = None, **options: Any) -> GenerationResult:
         if not self.is_async:
-            with DiffusionClient(self.url, self.protocol, **(client or {})) as blocking:
+            with DiffusionClient(self.url, self.protocol, **{"retries": 0, **(client or {})}) as blocking:
                 return blocking.generate(prompt, **options)
 
         async def run() -> GenerationResult:
-            async with AsyncDiffusionClient(self.url, self.protocol, **(client or {})) as asynchronous:
+            async with AsyncDiffusionClient(
+                self.url, self.protocol, **{"retries": 0, **(client or {})}
+            ) as asynchronous:
                 return await asynchronous.generate(prompt, **options)
 
         return asyncio.run(run())
 
     def stream(self, prompt: str, *, client: dict[str, Any] | None = None, **options: Any) -> list[Event]:
         if not self.is_async:
-            with DiffusionClient(self.url, self.protocol, **(client or {})) as blocking:
+            with DiffusionClient(self.url, self.protocol, **{"retries": 0, **(client or {})}) as blocking:
                 return list(blocking.stream(prompt, **options))
 
         async def run() -> list[Event]:
-            async with AsyncDiffusionClient(self.url, self.protocol, **(client or {})) as asynchronous:
+            async with AsyncDiffusionClient(
+                self.url, self.protocol, **{"retries": 0, **(client or {})}
+            ) as asynchronous:
                 return [event async for event in asynchronous.stream(prompt, **options)]
 
         return asyncio.run(run())
 
     def cancel(self, request_id: str, **client: Any) -> bool:
         if not self.is_async:
-            with DiffusionClient(self.url, self.protocol, **client) as blocking:
+            with DiffusionClient(self.url, self.protocol, retries=0, **client) as blocking:
                 return blocking.cancel(request_id)
 
         async def run() -> bool:
-            async with AsyncDiffusionClient(self.url, self.protocol, **client) as asynchronous:
+            async with AsyncDiffusionClient(self.url, self.protocol, retries=0, **client) as asynchronous:
                 return await asynchronous.cancel(request_id)
 
         return asyncio.run(run())
 
     def families(self, name: str | None = None, **client: Any) -> tuple[Family, ...]:
         if not self.is_async:
-            with DiffusionClient(self.url, self.protocol, **client) as blocking:
+            with DiffusionClient(self.url, self.protocol, retries=0, **client) as blocking:
                 return blocking.families(name)
 
         async def run() -> tuple[Family, ...]:
-            async with AsyncDiffusionClient(self.url, self.protocol, **client) as asynchronous:
+            async with AsyncDiffusionClient(self.url, self.protocol, retries=0, **client) as asynchronous:
                 return await asynchronous.families(name)
 
         return asyncio.run(run())
@@ -545,7 +585,7 @@ class Caller:
     def close_stream_after(self, num_events: int, prompt: str, **options: Any) -> None:
         """Read some events, close the stream, and only then the client: after a second."""
         if not self.is_async:
-            with DiffusionClient(self.url, self.protocol) as blocking:
+            with DiffusionClient(self.url, self.protocol, retries=0) as blocking:
                 events = blocking.stream(prompt, **options)
                 for _ in range(num_events):
                     next(events)
@@ -554,7 +594,7 @@ class Caller:
             return
 
         async def run() -> None:
-            async with AsyncDiffusionClient(self.url, self.protocol) as asynchronous:
+            async with AsyncDiffusionClient(self.url, self.protocol, retries=0) as asynchronous:
                 async with aclosing(asynchronous.stream(prompt, **options)) as events:
                     for _ in range(num_events):
                         await anext(events)
@@ -564,28 +604,34 @@ class Caller:
 
     def is_ready(self, **client: Any) -> bool:
         if not self.is_async:
-            with DiffusionClient(self.url, self.protocol, **client) as blocking:
+            with DiffusionClient(self.url, self.protocol, retries=0, **client) as blocking:
                 return blocking.is_ready()
 
         async def run() -> bool:
-            async with AsyncDiffusionClient(self.url, self.protocol, **client) as asynchronous:
+            async with AsyncDiffusionClient(self.url, self.protocol, retries=0, **client) as asynchronous:
                 return await asynchronous.is_ready()
 
         return asyncio.run(run())
 
     def wait_until_ready(self, timeout_s: float) -> None:
         if not self.is_async:
-            with DiffusionClient(self.url, self.protocol) as blocking:
+            with DiffusionClient(self.url, self.protocol, retries=0) as blocking:
                 return blocking.wait_until_ready(timeout_s)
 
         async def run() -> None:
-            async with AsyncDiffusionClient(self.url, self.protocol) as asynchronous:
+            async with AsyncDiffusionClient(self.url, self.protocol, retries=0) as asynchronous:
                 await asynchronous.wait_until_ready(timeout_s)
 
         return asyncio.run(run())
 
 
 CALLERS = [(is_async, protocol) for is_async in (False, True) for protocol in ("grpc", "http")]
+
+
+@pytest.fixture(autouse=True)
+def _the_drawn_seed_is_7(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of files and expected values can then tell it."""
+    monkeypatch.setattr("triton_diffusion_client._protocol.secrets.randbelow", lambda _: 7)
 
 
 @pytest.fixture

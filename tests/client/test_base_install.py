@@ -20,6 +20,7 @@ import triton_diffusion_client
         "import triton_diffusion_client._generate_command",
         "import triton_diffusion_client._cancel_command",
         "import triton_diffusion_client._families_command",
+        "import triton_diffusion_client._health_command",
         "import triton_diffusion_client._model_control_command",
     ],
 )

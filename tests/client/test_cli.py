@@ -21,7 +21,7 @@ from tests.client.conftest import VIDEO_FILES, TritonDouble
 from triton_diffusion_client import cli
 from triton_diffusion_client._output_files import OutputFiles, plan_output, slugify
 
-COMMANDS = ["generate", "cancel", "families", "load", "unload", "serve", "build-repository"]
+COMMANDS = ["generate", "cancel", "families", "health", "load", "unload", "serve", "build-repository"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def open_picture(path: str) -> Image.Image:
 
 
 def run(triton: TritonDouble, *arguments: str) -> int:
-    return cli.main(["generate", "--url", triton.grpc_url, *arguments])
+    return cli.main(["generate", "--url", triton.grpc_url, "--retries", "0", *arguments])
 
 
 def test_generate_saves_a_picture_and_tells_path_seed_and_times(
@@ -60,6 +60,7 @@ def test_all_flags_reach_the_model(triton: TritonDouble) -> None:
         "strength": 0.75,
         "num_inference_steps": 4,
         "guidance_scale": 3.5,
+        "guidance_scale_2": 1.5,
         "embedded_guidance_scale": 2.5,
         "seed": -3,
         "max_sequence_length": 48,
@@ -227,7 +228,7 @@ def test_one_failing_prompt_does_not_take_the_others_along(
 
 
 def test_an_unreachable_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate", "--prompt", "x", "--url", "127.0.0.1:1"]) == 1
+    assert cli.main(["generate", "--prompt", "x", "--url", "127.0.0.1:1", "--retries", "0"]) == 1
     printed = capsys.readouterr().err
     assert "127.0.0.1:1" in printed
     assert "triton-diffusion serve" in printed

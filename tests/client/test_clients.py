@@ -49,6 +49,7 @@ ALL_OPTIONS = {
     "strength": 0.75,
     "num_inference_steps": 4,
     "guidance_scale": 3.5,
+    "guidance_scale_2": 1.5,
     "embedded_guidance_scale": 2.5,
     "seed": 2**53 + 1,
     "num_images_per_prompt": 2,
@@ -172,7 +173,7 @@ def test_options_that_are_not_set_are_not_sent(caller: Caller, triton: TritonDou
     caller.generate("x", height=None)
     caller.stream("x", preview_interval=None)
     for request in triton.received:
-        assert set(request.inputs) == {"prompt"}
+        assert set(request.inputs) == {"prompt", "seed"}
 
 
 def test_the_request_id_is_the_callers_or_a_new_one(caller: Caller, triton: TritonDouble) -> None:

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from triton_diffusion_client import (
+    AccessDeniedError,
     DeadlineExceededError,
     DiffusionClientError,
     GenerationOptions,
@@ -13,6 +14,7 @@ from triton_diffusion_client import (
     ModelNotFoundError,
     RequestCancelledError,
     RequestTimeoutError,
+    ResourceExhaustedError,
     ServerError,
     ServerUnavailableError,
     _grpc,
@@ -46,8 +48,10 @@ def test_a_status_has_its_exception(grpc_status: str, http_status: str, error: t
     ("message", "error"),
     [
         ("Request for unknown model: 'x' is not found", ModelNotFoundError),
-        ("Request for unknown model: 'x' has no available versions", ModelNotFoundError),
-        ("[request id: 3] Stub process 'diffusion_0_0' is not healthy.", ServerError),
+        ("Request for unknown model: 'x' has no available versions", ServerUnavailableError),
+        ("[request id: 3] Stub process 'diffusion_0_0' is not healthy.", ServerUnavailableError),
+        ("This protocol is restricted, expecting header 'key'", AccessDeniedError),
+        ("RESOURCE_EXHAUSTED: 4096x4096 does not fit; try again", ResourceExhaustedError),
         ("denoising is being unloaded; try again", ServerUnavailableError),
         ("cancelled in denoising after 3 steps", RequestCancelledError),
         ("height=7 is too small", InvalidRequestError),
@@ -73,6 +77,33 @@ def test_a_missed_deadline_is_known_whatever_else_its_message_says(words: str) -
         made = errors.error_from_message(f"DEADLINE_EXCEEDED: {words}", default, "r1")
         assert type(made) is DeadlineExceededError
         assert (made.status, made.request_id) == (None, "r1")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "error"),
+    [
+        ("INTERNAL", "Stub process 'diffusion_0_0' is not healthy.", ServerUnavailableError),
+        (
+            "500",
+            "Model denoising - Error when running inference: Model 'denoising' is not ready.",
+            ServerUnavailableError,
+        ),
+        ("404", "Request for unknown model: 'diffusion' has no available versions", ServerUnavailableError),
+        ("404", "Request for unknown model: 'diffusion' is not found", ModelNotFoundError),
+        ("403", "This API is restricted, expecting header 'triton-diffusion-admin-key'", AccessDeniedError),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'triton-grpc-protocol-key'", AccessDeniedError),
+        ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED: one picture of 4096x4096 does not fit", ResourceExhaustedError),
+        ("400", "RESOURCE_EXHAUSTED: one picture of 4096x4096 does not fit", ResourceExhaustedError),
+        ("INTERNAL", "DenoisingStage raised ValueError", ServerError),
+    ],
+)
+def test_what_triton_was_seen_to_say_is_known_by_its_words(
+    status: str, message: str, error: type[DiffusionClientError]
+) -> None:
+    """Triton 24.10: the stub of a chain or stage killed, the model unloaded, an API closed by a key."""
+    made = errors.error_from_status(status, message, "r1")
+    assert type(made) is error
+    assert (str(made), made.status) == (message, status)
 
 
 def test_a_message_that_mentions_a_deadline_later_on_is_no_missed_deadline() -> None:

@@ -43,7 +43,7 @@ def test_families_prints_json_of_one_family_of_one_chain(
     ("arguments", "code", "message"),
     [
         (["--model", "sd"], 1, "unknown model: 'sd_families' is not found; name the chain with --model\n"),
-        (["--url", "127.0.0.1:1"], 1, "cannot reach a server at 127.0.0.1:1"),
+        (["--url", "127.0.0.1:1", "--retries", "0"], 1, "cannot reach a server at 127.0.0.1:1"),
         (["--timeout-s", "0"], 2, "timeout_s=0"),
     ],
 )

@@ -104,6 +104,26 @@ def test_unload_gives_up_after_the_time_out(
     assert [model for _, model, _ in triton.repository.controlled] == ["wan"], "its stages are still needed"
 
 
+def test_a_server_that_is_closed_by_a_key_opens_for_it(
+    triton: TritonDouble,
+    server: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_DIFFUSION_ADMIN_KEY", raising=False)
+    triton.admin_key = "sesame"
+    for wrong in ([], ["--admin-key", "rice"]):
+        assert cli.main(["load", "wan", *server, *wrong]) == 1
+        message = capsys.readouterr().err
+        assert "is restricted" in message
+        assert "--admin-key or in TRITON_DIFFUSION_ADMIN_KEY" in message
+        assert message.count("\n") == 1
+    assert triton.repository.controlled == []
+    assert cli.main(["load", "wan", *server, "--admin-key", "sesame"]) == 0
+    monkeypatch.setenv("TRITON_DIFFUSION_ADMIN_KEY", "sesame")
+    assert cli.main(["unload", "wan", *server]) == 0
+
+
 def test_an_unreachable_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for protocol in ("grpc", "http"):
         assert cli.main(["load", "wan", "--url", "127.0.0.1:1", "--protocol", protocol]) == 1

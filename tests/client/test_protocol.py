@@ -32,6 +32,7 @@ CONTRACT = {  # option: tensor, Triton data type, a value
     "strength": ("strength", "FP32", 0.75),
     "num_inference_steps": ("num_inference_steps", "INT32", 20),
     "guidance_scale": ("guidance_scale", "FP32", 3.5),
+    "guidance_scale_2": ("guidance_scale_2", "FP32", 1.5),
     "embedded_guidance_scale": ("embedded_guidance_scale", "FP32", 2.5),
     "seed": ("seed", "INT64", -(2**63)),
     "num_images_per_prompt": ("num_outputs", "INT32", 2),
@@ -90,10 +91,10 @@ def test_an_option_becomes_its_tensor_over_http(option: str) -> None:
     assert post.path == "/v2/models/diffusion/infer"
 
 
-def test_the_bare_request_has_the_prompt_alone() -> None:
+def test_the_bare_request_has_the_prompt_and_a_seed_alone() -> None:
     message = _grpc.to_infer_request(build("ein Käfer"))
-    assert [entry.name for entry in message.inputs] == ["prompt"]
-    assert list(message.raw_input_contents) == [b"\x0a\x00\x00\x00" + "ein Käfer".encode()]
+    assert [entry.name for entry in message.inputs] == ["prompt", "seed"]
+    assert list(message.raw_input_contents)[:1] == [b"\x0a\x00\x00\x00" + "ein Käfer".encode()]
     assert message.model_name == "diffusion"
     assert message.id
     assert not message.parameters
@@ -224,7 +225,7 @@ def test_what_the_server_takes_is_asked_for_with_a_name_or_nothing() -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     values = build(height=np.int64(64), guidance_scale=np.float32(2.5)).values
-    assert values == {"prompt": "x", "height": 64, "guidance_scale": 2.5}
+    assert values == {"prompt": "x", "height": 64, "guidance_scale": 2.5, "seed": 7}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,301 @@
+"""What is sent again, when, and what is sent then: of all four clients, and alone on a fake clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from tests.client.conftest import Caller, TritonDouble
+
+from triton_diffusion_client import (
+    AccessDeniedError,
+    AsyncDiffusionClient,
+    DeadlineExceededError,
+    DiffusionClient,
+    DiffusionClientError,
+    GenerationOptions,
+    GenerationResult,
+    InvalidRequestError,
+    ModelNotFoundError,
+    Progress,
+    RequestCancelledError,
+    RequestTimeoutError,
+    ResourceExhaustedError,
+    ServerError,
+    ServerUnavailableError,
+    _retries,
+    cli,
+)
+from triton_diffusion_client._protocol import build_request
+from triton_diffusion_client._retries import Attempts, RetryPolicy
+
+FULL = ("UNAVAILABLE", 503, "the queue is full: 3 requests, they need about 0.1 s; try again later")
+DEAD_STUB = ("INTERNAL", 500, "Stub process 'diffusion_0_0' is not healthy.")
+UNLOADED = ("NOT_FOUND", 404, "Request for unknown model: 'diffusion' has no available versions")
+TWICE: dict[str, Any] = {"retries": 2}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of hundredths of a second."""
+    monkeypatch.setattr(_retries, "_FIRST_PAUSE_S", 0.01)
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def attempts_of(clock: Clock, *, retries: int = 20, retry_timeout_s: float = 120.0, **options: Any) -> Attempts:
+    request = build_request(
+        "diffusion", "x", options, allowed=GenerationOptions, cancel_scope="", default_timeout_s=None
+    )
+    policy = RetryPolicy(retries=retries, retry_timeout_s=retry_timeout_s)
+    return Attempts(request, policy, threading.Event(), clock=clock, draw=lambda: 0.5)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("refusal", [FULL, DEAD_STUB, UNLOADED])
+def test_a_request_that_is_refused_twice_is_answered_at_the_third_attempt(
+    caller: Caller, triton: TritonDouble, caplog: pytest.LogCaptureFixture, refusal: tuple[str, int, str]
+) -> None:
+    triton.refusals = [refusal] * 2
+    with caplog.at_level(logging.WARNING, "triton_diffusion_client"):
+        assert caller.generate("x", client=TWICE, request_id="r1").seeds == [7]
+    assert [request.id for request in triton.received] == ["r1"] * 3
+    assert [request.value("seed") for request in triton.received] == [7] * 3
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    assert warnings[0].startswith(f"request r1: {refusal[2]}; attempt 2 of at most 3 in ")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stream_that_is_refused_twice_is_answered_at_the_third_attempt(caller: Caller, triton: TritonDouble) -> None:
+    triton.refusals = [FULL] * 2
+    *progress, result = caller.stream("x", client=TWICE)
+    assert isinstance(result, GenerationResult)
+    assert [(event.step, event.restarts) for event in progress] == [(1, 2), (2, 2), (3, 2)]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stream_that_breaks_is_started_anew_and_says_so(caller: Caller, triton: TritonDouble) -> None:
+    triton.num_breaks = 1
+    *progress, result = caller.stream("slow", client=TWICE)
+    assert isinstance(result, GenerationResult)
+    told = [(event.step, event.restarts) for event in progress if isinstance(event, Progress)]
+    assert told[-3:] == [(1, 1), (2, 1), (3, 1)]
+    assert set(told[:-3]) <= {(1, 0), (2, 0)}
+    assert len({request.value("seed") for request in triton.received}) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_last_error_is_raised_when_there_are_no_attempts_left(caller: Caller, triton: TritonDouble) -> None:
+    triton.refusals = [FULL] * 10
+    for call in (caller.generate, caller.stream):
+        triton.received.clear()
+        with pytest.raises(ServerUnavailableError) as caught:
+            call("x", client=TWICE)
+        assert (str(caught.value), caught.value.attempts, len(triton.received)) == (FULL[2], 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "error"),
+    [
+        (("INVALID_ARGUMENT", 400, "height=7 is wrong"), InvalidRequestError),
+        (("INVALID_ARGUMENT", 400, "RESOURCE_EXHAUSTED: 4096x4096 does not fit"), ResourceExhaustedError),
+        (("UNAVAILABLE", 503, "DEADLINE_EXCEEDED: deadline_s=3 cannot be met"), DeadlineExceededError),
+        (("CANCELLED", 400, "cancelled in denoising"), RequestCancelledError),
+        (("INTERNAL", 500, "DenoisingStage raised ValueError"), ServerError),
+        (("NOT_FOUND", 404, "Request for unknown model: 'diffusion' is not found"), ModelNotFoundError),
+        (("UNAVAILABLE", 403, "This API is restricted, expecting header 'key'"), AccessDeniedError),
+    ],
+)
+def test_what_would_fail_again_is_sent_once(
+    caller: Caller, triton: TritonDouble, refusal: tuple[str, int, str], error: type[DiffusionClientError]
+) -> None:
+    triton.refusals = [refusal]
+    with pytest.raises(error) as caught:
+        caller.generate("x", client=TWICE)
+    assert type(caught.value) is error
+    assert len(triton.received) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_comes_back_is_found(caller: Caller, triton: TritonDouble) -> None:
+    """It dies while two requests run, refuses connections for a while, and another listens at its address."""
+    ports = [int(url.rpartition(":")[2]) for url in (triton.grpc_url, triton.http_url)]
+    returned: list[TritonDouble] = []
+    with ThreadPoolExecutor(2) as threads:
+        asked = [
+            threads.submit(call, "slow", client={"retries": 20}, num_inference_steps=20)
+            for call in (caller.generate, caller.stream)
+        ]
+        wait_until(lambda: len(triton.received) == 2)
+        triton.die()
+        triton.stop()
+        time.sleep(0.3)
+        returned.append(TritonDouble(grpc_port=ports[0], http_port=ports[1]))
+        try:
+            generated, streamed = (future.result(60) for future in asked)
+        finally:
+            returned[0].stop()
+    assert generated.seeds == streamed[-1].seeds == [7]
+    assert [request.value("seed") for request in returned[0].received] == [7, 7]
+
+
+def wait_until(condition: Any) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_cancel_ends_the_pause_at_once(triton: TritonDouble, protocol: Any) -> None:
+    triton.refusals = [("UNAVAILABLE", 503, "the queue is full; they need about 30 s")] * 2
+    url = triton.grpc_url if protocol == "grpc" else triton.http_url
+    started_s = time.monotonic()
+    with DiffusionClient(url, protocol) as client, ThreadPoolExecutor() as threads:
+        waiting = threads.submit(client.generate, "x", request_id="r1")
+        wait_until(lambda: any(attempts.is_pausing for attempts in client._under_way))
+        assert client.cancel("r1")
+        with pytest.raises(RequestCancelledError) as caught:
+            waiting.result(5)
+        assert caught.value.request_id == "r1"
+
+    async def run() -> None:
+        async with AsyncDiffusionClient(url, protocol) as client:
+            waiting = asyncio.create_task(client.generate("x", request_id="r2"))
+            while not any(attempts.is_pausing for attempts in client._under_way):
+                await asyncio.sleep(0.01)
+            assert await client.cancel("r2")
+            with pytest.raises(RequestCancelledError):
+                await waiting
+
+    asyncio.run(run())
+    assert time.monotonic() - started_s < 8
+    assert [request.model for request in triton.received] == ["diffusion"] * 2, "the server is not asked"
+
+
+def test_closing_the_client_ends_the_pause(triton: TritonDouble) -> None:
+    triton.refusals = [("UNAVAILABLE", 503, "the queue is full; they need about 30 s")]
+    client = DiffusionClient(triton.grpc_url)
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(client.generate, "x")
+        wait_until(lambda: any(attempts.is_pausing for attempts in client._under_way))
+        client.close()
+        with pytest.raises(RequestCancelledError):
+            waiting.result(5)
+
+
+def test_the_command_line_shows_each_attempt_and_takes_the_limits(
+    triton: TritonDouble, tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_retries, "_FIRST_PAUSE_S", 0.01)
+    triton.refusals = [FULL] * 3
+    arguments = ["generate", "--url", triton.grpc_url, "--prompt", "x", "--output", str(tmp_path), "--request-id", "r1"]
+    assert cli.main([*arguments, "--retries", "1"]) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"warning: request r1: {FULL[2]}; attempt 2 of at most 2 in ")
+    assert last == f"error: {FULL[2]} (given up after 2 attempts)"
+    assert cli.main([*arguments, "--retry-timeout-s", "5"]) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_pauses_grow_to_ten_seconds_and_all_together_last_no_longer_than_allowed() -> None:
+    clock = Clock()
+    attempts = attempts_of(clock)
+    pauses = []
+    while sum(pauses) < 120:
+        attempts.next_request()
+        pauses.append(attempts.pause_after(ServerUnavailableError("gone")))
+    assert pauses[:6] == [0.5, 1, 2, 4, 8, 10]
+    assert sum(pauses) == 120
+    assert len(pauses) < 20
+    attempts.next_request()
+    with pytest.raises(ServerUnavailableError, match="gone"):
+        attempts.pause_after(ServerUnavailableError("gone"))
+
+
+@pytest.mark.parametrize(("words", "pause_s"), [("about 3.2 s", 3.2), ("about 99999 s", 30), ("about 0.1 s", 0.5)])
+def test_a_pause_is_as_long_as_the_server_says_that_it_needs_within_bounds(words: str, pause_s: float) -> None:
+    attempts = attempts_of(Clock())
+    attempts.next_request()
+    assert attempts.pause_after(ServerUnavailableError(f"the queue is full; they need {words}")) == pause_s
+
+
+def test_a_hundred_clients_do_not_come_back_together() -> None:
+    pauses = []
+    for _ in range(100):
+        attempts = attempts_of(Clock())
+        attempts._draw = random.random
+        attempts.next_request()
+        pauses.append(attempts.pause_after(ServerUnavailableError("they need about 4 s")))
+    assert 2 <= min(pauses) < 3
+    assert 5 < max(pauses) <= 6
+
+
+def test_time_out_and_deadline_count_from_the_first_attempt() -> None:
+    clock = Clock()
+    attempts = attempts_of(clock, timeout_s=60, deadline_s=30)
+    first = attempts.next_request()
+    assert (first.timeout_s, first.values["deadline_s"]) == (60, 30)
+    clock.now_s += 10
+    attempts.pause_after(ServerUnavailableError("gone"))
+    second = attempts.next_request()
+    assert (second.timeout_s, second.values["deadline_s"]) == (50, 20)
+    clock.now_s += 20
+    attempts.pause_after(ServerUnavailableError("gone"))
+    with pytest.raises(DeadlineExceededError, match=r"^DEADLINE_EXCEEDED: no result within deadline_s=30 after 2 att"):
+        attempts.next_request()
+
+
+def test_a_request_that_may_be_late_is_still_sent_after_its_deadline() -> None:
+    clock = Clock()
+    attempts = attempts_of(clock, deadline_s=30, deadline_action="continue")
+    attempts.next_request()
+    clock.now_s += 31
+    attempts.pause_after(ServerUnavailableError("gone"))
+    assert 0 < float(attempts.next_request().values["deadline_s"]) < 0.01
+
+
+def test_a_pause_beyond_the_time_out_is_not_begun() -> None:
+    clock = Clock()
+    attempts = attempts_of(clock, timeout_s=10)
+    attempts.next_request()
+    clock.now_s += 8
+    with pytest.raises(ServerUnavailableError, match="they need about 3 s"):
+        attempts.pause_after(ServerUnavailableError("they need about 3 s"))
+
+
+def test_the_time_out_of_a_later_attempt_tells_the_whole_time_and_the_error_before_it() -> None:
+    attempts = attempts_of(Clock(), timeout_s=10)
+    attempts.next_request()
+    attempts.pause_after(ServerUnavailableError("gone"))
+    with pytest.raises(RequestTimeoutError, match=r"no result within timeout_s=10 after 2 attempts.*gone"):
+        attempts.pause_after(RequestTimeoutError("no answer within timeout_s=9.5"))
+
+
+def test_a_certificate_that_is_not_trusted_is_not_tried_again() -> None:
+    attempts = attempts_of(Clock())
+    attempts.next_request()
+    with pytest.raises(ServerUnavailableError):
+        attempts.pause_after(ServerUnavailableError("cannot reach a server: [SSL: CERTIFICATE_VERIFY_FAILED]"))
+
+
+@pytest.mark.parametrize("limits", [{"retries": -1}, {"retry_timeout_s": -1}, {"retry_timeout_s": float("nan")}])
+def test_limits_below_nothing_are_refused(limits: Any) -> None:
+    for client in (DiffusionClient, AsyncDiffusionClient):
+        with pytest.raises(ValueError, match="below 0"):
+            client(**limits)
