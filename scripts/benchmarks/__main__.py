@@ -7,15 +7,24 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import footprint, overhead, parity, scaling, serving
+from benchmarks import faults, footprint, hostile, overhead, parity, scaling, serving, soak
 from benchmarks.report import print_report, write_json
 from triton_diffusion.errors import ConfigurationError
 
-_BENCHMARKS = {"overhead": overhead, "footprint": footprint, "parity": parity, "scaling": scaling, "serving": serving}
+_BENCHMARKS = {
+    "overhead": overhead,
+    "footprint": footprint,
+    "parity": parity,
+    "scaling": scaling,
+    "serving": serving,
+    "faults": faults,
+    "hostile": hostile,
+    "soak": soak,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one benchmark; returns the exit code, which does not depend on what was measured."""
+    """Run one benchmark; returns the exit code, 1 where something was measured that must not be."""
     # Told to end, we end as after Ctrl-C: every server and process of ours goes first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = _parse_arguments(arguments)
@@ -30,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     print_report(report)
     if args.json is not None:
         write_json(args.json, report)
-    return 0
+    return 1 if report.has_failed else 0
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
 from benchmarks.picture import PROMPT, absolute_model_path
 from benchmarks.report import Figure, Report, describe_machine
-from benchmarks.running import named_processes, prepared_server, wait_until_ready
+from benchmarks.running import named_processes, prepared_server, shared_memory_segments, wait_until_ready
 from triton_diffusion.config import StageConfig
 from triton_diffusion.server import TritonServer
 from triton_diffusion_client import DiffusionClient
@@ -83,7 +81,7 @@ def _memory_figures(when: str, server: TritonServer) -> list[Figure]:
     num_threads = sum(process.num_threads() for process in processes.values())
     return [
         *figures,
-        _mebibytes(f"{when}: /dev/shm", _shared_memory_bytes()),
+        _mebibytes(f"{when}: /dev/shm", sum(size_bytes for _, size_bytes in shared_memory_segments())),
         Figure(name=f"{when}: processes", value=len(processes)),
         Figure(name=f"{when}: threads", value=num_threads),
     ]
@@ -91,9 +89,3 @@ def _memory_figures(when: str, server: TritonServer) -> list[Figure]:
 
 def _mebibytes(name: str, size_bytes: int) -> Figure:
     return Figure(name=name, value=round(size_bytes / _MIB, 1), unit="MiB")
-
-
-def _shared_memory_bytes() -> int:
-    """What the segments of this process's server take; a part that was never written takes nothing."""
-    segments = Path("/dev/shm").glob(f"triton_diffusion_{os.getpid()}_*")
-    return sum(segment.stat().st_blocks * 512 for segment in segments)

@@ -20,8 +20,8 @@ from safetensors.numpy import load
 from tqdm import tqdm
 
 from benchmarks.in_process import InProcessPipeline, Setup
-from benchmarks.layouts.families import measure_families
-from benchmarks.layouts.parity import measure_layouts
+from benchmarks.layouts.families import SHORT, measure_families
+from benchmarks.layouts.parity import LAYOUTS, measure_layouts
 from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length
 from benchmarks.report import Figure, Report, describe_machine
 from benchmarks.running import running_server
@@ -29,7 +29,8 @@ from triton_diffusion.config import ChainConfig, StageConfig
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.runtime.service import Answer, StageService
+from triton_diffusion.runtime.held_request import Answer
+from triton_diffusion.runtime.service import StageService
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
 from triton_diffusion.state import RequestState, write_state
 from triton_diffusion_client import DiffusionClient
@@ -43,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
     parser.add_argument("--clients", type=int, default=8, help="requests at a time (default: %(default)s)")
     parser.add_argument("--only", choices=["pictures", "layouts", "families"], help="one section (default: all)")
+    parser.add_argument(
+        "--layouts",
+        choices=["short", "all"],
+        default="short",
+        help=f"of the families: {', '.join(SHORT)}, or all {len(LAYOUTS)}, which take about twice as long "
+        "(default: %(default)s)",
+    )
 
 
 def measure(args: argparse.Namespace) -> Report:
@@ -54,7 +62,7 @@ def measure(args: argparse.Namespace) -> Report:
     if args.only in (None, "layouts"):
         figures += measure_layouts()
     if args.only in (None, "families"):
-        figures += measure_families()
+        figures += measure_families(LAYOUTS if args.layouts == "all" else SHORT)
     return Report(machine=describe_machine(dtype=_DTYPE, num_threads=config.threads_per_rank), figures=figures)
 
 

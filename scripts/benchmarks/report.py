@@ -51,6 +51,13 @@ class Report:
 
     machine: str
     figures: Sequence[Figure]
+    must_hold: bool = False
+    """Whether a goal that is missed makes the command fail."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a goal is missed that must hold."""
+        return self.must_hold and any(figure.holds is False for figure in self.figures)
 
 
 def describe_machine(*, dtype: str, num_threads: int) -> str:

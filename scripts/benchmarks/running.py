@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -16,16 +16,17 @@ from benchmarks.in_process import openmp_variables
 from benchmarks.report import Figure
 from triton_diffusion.commands import ProgressLine
 from triton_diffusion.repository import build_repository
+from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.server import TritonServer
 
 LOG_FILE = Path("outputs") / "benchmark_tritonserver.log"
 
 
 @contextlib.contextmanager
-def prepared_server(settings: Mapping[str, str]) -> Iterator[TritonServer]:
+def prepared_server(settings: Mapping[str, str], *, stages: Collection[str] = STAGE_MODELS) -> Iterator[TritonServer]:
     """A server that has not been started, for the models in the repository with `settings`."""
     with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
-        build_repository(folder, settings)
+        build_repository(folder, settings, stages=stages)
         yield TritonServer(
             folder,
             log_file=LOG_FILE,
@@ -36,9 +37,9 @@ def prepared_server(settings: Mapping[str, str]) -> Iterator[TritonServer]:
 
 
 @contextlib.contextmanager
-def running_server(settings: Mapping[str, str]) -> Iterator[TritonServer]:
+def running_server(settings: Mapping[str, str], *, stages: Collection[str] = STAGE_MODELS) -> Iterator[TritonServer]:
     """A server that is ready."""
-    with prepared_server(settings) as server, server:
+    with prepared_server(settings, stages=stages) as server, server:
         progress = ProgressLine(is_alone=True)
         server.wait_until_ready(on_progress=progress.show)
         progress.end()
@@ -46,24 +47,36 @@ def running_server(settings: Mapping[str, str]) -> Iterator[TritonServer]:
 
 
 def named_processes(server: TritonServer) -> dict[str, psutil.Process]:
-    """The processes of a server under names that say what they are for."""
+    """The processes of a server under names that say what they are for; those that are just ending are left out."""
     root = psutil.Process(server.pid)
     named = {"tritonserver": root}
-    ranks: Counter[str] = Counter()
-    for process in sorted(root.children(recursive=True), key=lambda each: (each.create_time(), each.pid)):
-        model = _model_of(process)
-        if model is not None:
-            named[f"{model}, stub"] = process
-        elif (parent := process.parent()) is not None and (model := _model_of(parent)) is not None:
-            # A stage starts its ranks in order.
-            named[f"{model}, rank {ranks[model]}"] = process
-            ranks[model] += 1
-        else:
-            named[f"{process.name()} {process.pid}"] = process
+    for process in root.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            named[_name(process, server.pid)] = process
     for child in psutil.Process().children():
-        if any("_server_guard" in word for word in child.cmdline()):
-            named["server guard"] = child
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("_server_guard" in word for word in child.cmdline()):
+                named["server guard"] = child
     return named
+
+
+def _name(process: psutil.Process, server_pid: int) -> str:
+    """A restarted process has the name of the one before it."""
+    parent = process.parent()
+    if parent is not None and parent.pid == server_pid and (model := _model_of(process)) is not None:
+        return f"{model}, stub"
+    if parent is not None and (place := rank_arguments(process)) is not None:
+        return f"{_model_of(parent)}, rank {place[1]}.{place[2]}"
+    return f"{process.name()} {process.pid}"
+
+
+def rank_arguments(process: psutil.Process) -> tuple[str, int, int] | None:
+    """(stage, replica, rank) of a rank process, which its command line tells; None for any other process."""
+    arguments = process.cmdline()
+    if "triton_diffusion.runtime.rank" not in arguments:
+        return None
+    stage, replica, rank = (arguments[arguments.index(flag) + 1] for flag in ("--stage", "--replica", "--rank"))
+    return stage, int(replica), int(rank)
 
 
 def _model_of(process: psutil.Process) -> str | None:
@@ -72,6 +85,15 @@ def _model_of(process: psutil.Process) -> str | None:
     if len(arguments) > 1 and arguments[1].endswith("/model.py"):
         return Path(arguments[1]).parts[-3]
     return None
+
+
+def shared_memory_segments() -> list[tuple[Path, int]]:
+    """Those of this process's servers and the bytes they take; a part that was never written takes nothing."""
+    found = []
+    for segment in Path("/dev/shm").glob(f"triton_diffusion_{os.getpid()}_*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((segment, segment.stat().st_blocks * 512))
+    return found
 
 
 def wait_until_ready(server: TritonServer, *, poll_s: float) -> None:
@@ -83,7 +105,7 @@ def wait_until_ready(server: TritonServer, *, poll_s: float) -> None:
 
 def openmp_of_ranks(server: TritonServer) -> dict[str, str]:
     """How the threads of the server's ranks behave: their OpenMP variables."""
-    return openmp_variables(named_processes(server)["denoising, rank 0"].environ())
+    return openmp_variables(named_processes(server)["denoising, rank 0.0"].environ())
 
 
 def busy_figure() -> Figure:

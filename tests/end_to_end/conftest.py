@@ -32,6 +32,7 @@ INPUT_TYPES = {
     "width": "INT32",
     "num_inference_steps": "INT32",
     "guidance_scale": "FP32",
+    "guidance_scale_2": "FP32",
     "embedded_guidance_scale": "FP32",
     "seed": "INT64",
     "num_outputs": "INT32",
@@ -53,6 +54,7 @@ class RunningServer:
     process: TritonServer
     http_url: str
     grpc_url: str
+    log_file: Path
 
     def ranks(self, stage_model: str | None = None) -> list[psutil.Process]:
         """The rank processes of a stage model, or of all, by the Triton stub that is their parent."""
@@ -78,6 +80,13 @@ class RunningServer:
             assert time.monotonic() < deadline_s, f"{name} of {stage_model} is {found}, not {value}"
             time.sleep(0.1)
 
+    def wait_until_running(self, stage_model: str, timeout_s: float = 10.0) -> None:
+        """Return when the ranks of a stage have at least one request in their hands."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self.metric("running_requests", stage_model):
+            assert time.monotonic() < deadline_s, f"no request runs in {stage_model}"
+            time.sleep(0.1)
+
     def wait_until_idle(self, timeout_s: float = 20.0) -> None:
         """Return when no stage has a request any more."""
         deadline_s = time.monotonic() + timeout_s
@@ -85,12 +94,20 @@ class RunningServer:
             assert time.monotonic() < deadline_s, "a stage still has requests"
             time.sleep(0.1)
 
-    def infer(self, *, protocol: str = "grpc", model: str = "diffusion", **inputs: Any) -> Any:
+    def infer(
+        self,
+        *,
+        protocol: str = "grpc",
+        model: str = "diffusion",
+        parameters: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Any:
         """One request through tritonclient; returns its InferResult."""
         module = tritonclient.grpc if protocol == "grpc" else tritonclient.http
         url = self.grpc_url if protocol == "grpc" else self.http_url
         with module.InferenceServerClient(url, **({} if protocol == "grpc" else {"network_timeout": 120.0})) as client:
-            return client.infer(model, [tensor(module, name, value) for name, value in inputs.items()])
+            tensors = [tensor(module, name, value) for name, value in inputs.items()]
+            return client.infer(model, tensors, parameters=parameters)
 
 
 def tensor(module: Any, name: str, value: Any, datatype: str | None = None) -> Any:
@@ -130,7 +147,7 @@ def own_server(
     with TritonServer(repository, log_file=folder / "server.log", exit_timeout_s=20, **options) as process:
         process.wait_until_ready(180)
         pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-        yield RunningServer(process, process.http_address, process.grpc_address)
+        yield RunningServer(process, process.http_address, process.grpc_address, folder / "server.log")
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
     assert not shared_memory() - before
 

@@ -137,6 +137,14 @@ def test_a_server_that_is_ready_says_so(client: DiffusionClient) -> None:
     client.wait_until_ready(1)
 
 
+def test_health_tells_of_each_stage_that_it_is_ready(client: DiffusionClient) -> None:
+    health = client.health()
+    assert health.ready
+    assert {"text_encoding", "denoising", "decoding"} <= set(health.stages)
+    assert all(stage.ready for stage in health.stages.values())
+    assert health.stages["denoising"].ready_replicas == health.stages["denoising"].num_replicas == 1
+
+
 @pytest.mark.parametrize(("protocol", "steps"), [("grpc", 191), ("http", 192)])
 def test_leaving_a_stream_cancels_the_request(server: RunningServer, protocol: Any, steps: int) -> None:
     with DiffusionClient(url_of(server, protocol), protocol) as client:

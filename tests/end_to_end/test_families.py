@@ -21,7 +21,7 @@ from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.repository import build_repository
 from triton_diffusion.server import TritonServer
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
-from triton_diffusion_client import DiffusionClient, ModelNotFoundError
+from triton_diffusion_client import DiffusionClient, ModelNotFoundError, ServerUnavailableError
 from triton_diffusion_client._connection import Connection
 from triton_diffusion_client._model_control import ModelControl
 
@@ -62,7 +62,7 @@ def families(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     )
     with server as process:
         process.wait_until_ready(180)
-        yield RunningServer(process, process.http_address, process.grpc_address)
+        yield RunningServer(process, process.http_address, process.grpc_address, folder / "server.log")
     assert not shared_memory() - before
 
 
@@ -80,6 +80,7 @@ def test_a_family_is_loaded_asked_and_unloaded_while_another_works(
     case = CASES_HERE[name]
     options = SMALL | case.options
     connection = Connection(protocol="grpc", address=families.grpc_url)
+    connection = connection.with_admin_key(families.process.admin_key)
     with Neighbour(families) as neighbour, ModelControl(connection, timeout_s=120.0) as control:
         loaded = list(control.load(name))
         assert loaded[-1] == name
@@ -101,8 +102,12 @@ def test_a_family_is_loaded_asked_and_unloaded_while_another_works(
     assert ours.std() > 5
 
 
-def test_what_was_unloaded_is_not_found(families: RunningServer) -> None:
-    with DiffusionClient(families.grpc_url, model="wan") as client, pytest.raises(ModelNotFoundError):
+def test_what_was_unloaded_is_unavailable(families: RunningServer) -> None:
+    """It may be on its way back, so a client that is not told otherwise asks again."""
+    with (
+        DiffusionClient(families.grpc_url, model="wan", retries=0) as client,
+        pytest.raises((ServerUnavailableError, ModelNotFoundError), match="Request for unknown model: 'wan'"),
+    ):
         client.generate("a cat")
 
 

@@ -335,7 +335,7 @@ def test_a_full_queue_says_how_full_it_is_and_how_long_it_needs(tmp_path: Path) 
     with own_server(
         tmp_path, {"max_queue_size": "2", "max_queue_cost": "1000000", "scheduling_policy": "fifo"}
     ) as server:
-        with DiffusionClient(server.grpc_url) as client, ThreadPoolExecutor(8) as pool:
+        with DiffusionClient(server.grpc_url, retries=0) as client, ThreadPoolExecutor(8) as pool:
             client.generate(PROMPT, num_inference_steps=1)
             with suspended(server, "denoising"):
                 running = [pool.submit(client.generate, PROMPT, num_inference_steps=50) for _ in range(2)]

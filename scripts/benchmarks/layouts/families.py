@@ -21,21 +21,21 @@ from triton_diffusion.loading.checkpoint import open_checkpoint
 
 _TESTS = Path(__file__).resolve().parents[3] / "tests"
 _LATENT_GOAL = 1e-4
-_NAMES = ("tp2", "u2", "r2", "u2r2", "cfg2", "cfg2.u2")
+SHORT = {name: LAYOUTS[name] for name in ("tp2", "u2", "r2", "u2r2", "cfg2", "cfg2.u2")}
+"""Each axis, and each way in which two meet."""
 _PROMPTS = ("a red circle above a blue star", "two black cats")
 
 
-def measure_families(layouts: Mapping[str, ParallelConfig] | None = None) -> list[Figure]:
+def measure_families(layouts: Mapping[str, ParallelConfig] = SHORT) -> list[Figure]:
     """Largest difference of the latents of two requests at different steps, in lengths of prompts of their own."""
     if str(_TESTS) not in sys.path:
         sys.path.insert(0, str(_TESTS))
     cases = import_module("checkpoints.families").CASES
-    chosen = layouts or {name: LAYOUTS[name] for name in _NAMES}
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="triton-diffusion-families-") as folder:
         for name, case in tqdm(cases.items(), desc="families"):
             checkpoint = case.build(Path(folder) / name)
-            figures += _measure_family(name, checkpoint, case, chosen)
+            figures += _measure_family(name, checkpoint, case, layouts)
     return figures
 
 
@@ -49,7 +49,7 @@ def _measure_family(name: str, checkpoint: Path, case: Any, layouts: Mapping[str
         try:
             find_family(opened).check_parallel("denoising", opened, parallel)
         except ConfigurationError as error:
-            reason = str(error).partition(": ")[2].partition(";")[0]
+            reason = (str(error).partition(": ")[2] or str(error)).partition(";")[0]
             figures.append(Figure(name=f"{title} ({reason})", value=float("nan")))
             continue
         found = _denoise(checkpoint, parallel, blobs)

@@ -122,7 +122,7 @@ def _blob(job: DenoiseJob, row: Row, index: int, components: Components) -> byte
     )
     generator = torch.Generator().manual_seed(row.seed)
     tensors = {}
-    for prefix in ("", "negative.") if request.uses_guidance else ("",):
+    for prefix in ("", "negative.") if family.uses_guidance(request, components.checkpoint) else ("",):
         for name, like in family.denoise.example_inputs(components, request).items():
             tensors[prefix + name] = torch.randn(like.shape, generator=generator)
     return pack_tensors(tensors, RequestState(str(index), request).metadata())

@@ -11,6 +11,8 @@ from benchmarks.picture import PictureRequest
 from benchmarks.serving.schedule import Arrival
 
 Ask = Callable[[PictureRequest], Awaitable[bytes]]
+Check = Callable[[bytes], None]
+"""Raises for an answer that is none."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -41,7 +43,20 @@ class Sent:
         return self.ended_s - self.sent_s
 
 
-async def closed_loop(ask: Ask, plan: Iterator[Planned], *, clients: int, num_answers: int | None = None) -> list[Sent]:
+def require_png(answer: bytes) -> None:
+    """Raise ValueError for what is no PNG file; the picture in it is not looked at."""
+    if not answer.startswith(_PNG_SIGNATURE):
+        raise ValueError(f"the answer is no PNG file; it begins with {answer[:40]!r}")
+
+
+async def closed_loop(
+    ask: Ask,
+    plan: Iterator[Planned],
+    *,
+    clients: int,
+    num_answers: int | None = None,
+    check: Check = require_png,
+) -> list[Sent]:
     """Clients that send their next request when the last one has ended.
 
     Ends when the plan does, or after `num_answers`; what is under way then is waited for.
@@ -53,7 +68,7 @@ async def closed_loop(ask: Ask, plan: Iterator[Planned], *, clients: int, num_an
             planned = next(plan, None)
             if planned is None:
                 return
-            sent.append(await _send(ask, planned, time.time()))
+            sent.append(await _send(ask, planned, time.time(), check))
 
     await asyncio.gather(*(run_client() for _ in range(clients)))
     return sorted(sent, key=lambda each: each.ended_s)
@@ -66,13 +81,13 @@ async def open_loop(ask: Ask, arrivals: Sequence[Arrival], requests: Iterable[Pi
     async def run_request(arrival: Arrival, request: PictureRequest) -> Sent:
         due_s = start_s + arrival.at_s
         await asyncio.sleep(due_s - time.time())
-        return await _send(ask, Planned(request=request), due_s)
+        return await _send(ask, Planned(request=request), due_s, require_png)
 
     pairs = zip(arrivals, requests, strict=True)
     return list(await asyncio.gather(*(run_request(arrival, request) for arrival, request in pairs)))
 
 
-async def _send(ask: Ask, planned: Planned, sent_s: float) -> Sent:
+async def _send(ask: Ask, planned: Planned, sent_s: float, check: Check) -> Sent:
     task = asyncio.ensure_future(ask(planned.request))
     await asyncio.wait([task], timeout=planned.cancel_after_s)
     cancelled = not task.done()
@@ -81,8 +96,8 @@ async def _send(ask: Ask, planned: Planned, sent_s: float) -> Sent:
         task.cancel()
         # Whatever comes of it now: nobody waits for it.
         await asyncio.gather(task, return_exceptions=True)
-    elif not task.result().startswith(_PNG_SIGNATURE):
-        raise ValueError(f"the answer is no PNG file; it begins with {task.result()[:40]!r}")
+    else:
+        check(task.result())
     return Sent(request=planned.request, sent_s=sent_s, ended_s=ended_s, cancelled=cancelled)
 
 
