@@ -289,7 +289,7 @@ def test_a_server_that_dies_is_started_again_on_the_same_ports(launched, leftove
     command = Path(f"/proc/{server_pid}/cmdline").read_bytes().split(b"\0")
     (port,) = [int(part.partition(b"=")[2]) for part in command if part.startswith(b"--http-port=")]
     os.kill(server_pid, signal.SIGKILL)
-    eventually(lambda: answers(f"127.0.0.1:{port}"), timeout_s=60)
+    eventually(lambda: not Path(f"/proc/{server_pid}").exists() and answers(f"127.0.0.1:{port}"), timeout_s=60)
     assert server_pid_of(launcher) != server_pid
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=30) == 0
