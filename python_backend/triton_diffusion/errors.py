@@ -25,6 +25,8 @@ from collections.abc import Iterable
 class DiffusionError(Exception):
     """Base of all errors that a caller may be shown; the message says what was given, what is allowed, what to do."""
 
+    MESSAGE_PREFIX = ""
+    """Stands before the message on its way to a caller, where Triton has no code that says it."""
     triton_code = "INTERNAL"
     http_status = 500
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from triton_diffusion._admin import AdminError
 from triton_diffusion.errors import ConfigurationError
+from triton_diffusion.runtime.restarts import back_off_s
 from triton_diffusion.runtime.stub_processes import find_stubs, is_alive
 from triton_diffusion.server import TritonServer, describe_exit
 
@@ -82,7 +83,7 @@ class Supervisor:
     def _start_again(self, reason: str) -> bool:
         """Whether the server is ready again."""
         while self._restarts.count() < self._max_restarts:
-            pause_s = _pause_s(self._restarts.count())
+            pause_s = back_off_s(self._restarts.count(), _LONGEST_PAUSE_S)
             self._restarts.note()
             self._report(
                 f"{reason}; starting it again in {pause_s:g} s "
@@ -159,7 +160,7 @@ class Supervisor:
             raise AdminError("the server is ended")
         deaths = self._deaths[model]
         for attempt in range(_LOAD_ATTEMPTS):
-            self._server.stop_requested.wait(_pause_s(deaths.count()))
+            self._server.stop_requested.wait(back_off_s(deaths.count(), _LONGEST_PAUSE_S))
             deaths.note()
             try:
                 admin.load(model, self._startup_timeout_s)
@@ -183,11 +184,6 @@ class _Past:
     def count(self) -> int:
         self._times_s = [at_s for at_s in self._times_s if time.monotonic() - at_s < self.window_s]
         return len(self._times_s)
-
-
-def _pause_s(num_before: int) -> float:
-    """0, 1, 2, 4 ... seconds."""
-    return min(2.0 ** (num_before - 1), _LONGEST_PAUSE_S) if num_before else 0.0
 
 
 def _count(stubs: dict[int, str], model: str) -> int:

@@ -1,4 +1,4 @@
-"""What every test of the runtime sees: a folder of its own for the sockets."""
+"""What tests of the runtime share: a folder of its own for the sockets, and what ranks are compared with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from checkpoints.reference import Reference
+from checkpoints.stages import InProcessStages
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -18,3 +21,13 @@ def run_dirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("TMPDIR", str(folder))
         yield folder
     assert not list(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def reference(flux_checkpoint: Path) -> Reference:
+    return Reference(flux_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def in_process(flux_checkpoint: Path) -> InProcessStages:
+    return InProcessStages(flux_checkpoint)

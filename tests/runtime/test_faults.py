@@ -26,16 +26,6 @@ FOREVER = 100_000
 
 
 @pytest.fixture(scope="module")
-def reference(flux_checkpoint: Path) -> Reference:
-    return Reference(flux_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def in_process(flux_checkpoint: Path) -> InProcessStages:
-    return InProcessStages(flux_checkpoint)
-
-
-@pytest.fixture(scope="module")
 def denoising(flux_checkpoint: Path) -> Iterator[Caller]:
     """One replica, whose ranks die of one prompt and fall asleep over another."""
     with pytest.MonkeyPatch.context() as patch:

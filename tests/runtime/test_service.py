@@ -41,11 +41,6 @@ def denoising(stages: dict[str, Caller]) -> Caller:
     return stages["denoising"]
 
 
-@pytest.fixture(scope="module")
-def reference(flux_checkpoint: Path) -> Reference:
-    return Reference(flux_checkpoint)
-
-
 class Encoded:
     """Encoded requests, as the denoising stage takes them."""
 

@@ -24,16 +24,6 @@ from triton_diffusion.state import RequestState
 FOREVER = 100_000
 
 
-@pytest.fixture(scope="module")
-def reference(flux_checkpoint: Path) -> Reference:
-    return Reference(flux_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def in_process(flux_checkpoint: Path) -> InProcessStages:
-    return InProcessStages(flux_checkpoint)
-
-
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     error = (ours - theirs).abs().max().item()
     print(f"largest error {error:.2e}")

@@ -49,9 +49,9 @@ class Restarts:
         lived = self._made_progress or stood_s > self._window_s
         self.in_a_row = 0 if lived else self.in_a_row + 1
         self._ready_since_s, self._made_progress = None, False
-        return self.back_off_s
+        return back_off_s(self.in_a_row, _LONGEST_BACK_OFF_S)
 
-    @property
-    def back_off_s(self) -> float:
-        """Seconds between a death and the next start."""
-        return min(_LONGEST_BACK_OFF_S, 2.0 ** (self.in_a_row - 1)) if self.in_a_row else 0.0
+
+def back_off_s(num_deaths: int, longest_s: float) -> float:
+    """Seconds to wait after so many deaths: 0 after none, then 1, 2, 4 ... `longest_s`."""
+    return min(longest_s, 2.0 ** (num_deaths - 1)) if num_deaths else 0.0

@@ -13,10 +13,8 @@ import triton_python_backend_utils as pb_utils
 
 from triton_diffusion.config import RequestLimits
 from triton_diffusion.errors import (
-    DeadlineExceededError,
     DiffusionError,
     InvalidRequestError,
-    ResourceExhaustedError,
     ShuttingDownError,
     StageError,
     WorkerGroupError,
@@ -132,8 +130,7 @@ def read_state_tensor(tensor: Any) -> bytes:
 def triton_error(error: BaseException) -> Any:
     """A TritonError with the code that belongs to the class of `error`."""
     error = from_wire(*to_wire(error))
-    prefix = error.MESSAGE_PREFIX if isinstance(error, DeadlineExceededError | ResourceExhaustedError) else ""
-    text = f"{prefix}{caller_message(error)}"
+    text = f"{error.MESSAGE_PREFIX}{caller_message(error)}"
     return pb_utils.TritonError(text, getattr(pb_utils.TritonError, error.triton_code))
 
 
