@@ -6,7 +6,7 @@ from collections import Counter, deque
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from triton_diffusion.config import PolicyName
@@ -272,6 +272,7 @@ TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, dead
     ),
     victim=st.tuples(st.integers(0, 9), st.sampled_from("xyz"), st.integers(1, 6), st.integers(1, 6)),
 )
+@example(mix=[(4, "x", 6, 4)], victim=(0, "y", 4, 6))
 def test_no_request_starves_under_any_mix_that_keeps_coming(
     policy: PolicyName, mix: list[tuple[int, str, int, int]], victim: tuple[int, str, int, int]
 ) -> None:

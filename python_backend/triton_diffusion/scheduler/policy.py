@@ -17,6 +17,8 @@ from triton_diffusion.scheduler.work import HIGHEST_PRIORITY, Entry, RowId
 _MUCH_SHORTER = 5.0
 # Under "drr" a request that has waited long compared with what it needs counts at most for so many.
 _HIGHEST_WEIGHT = 16.0
+# Under "drr" a lane earns at most so many times what another earns, however many more requests it has.
+_HIGHEST_RATIO = 16.0
 
 
 @dataclass
@@ -153,7 +155,8 @@ class DrrPolicy(FairPolicy):
 
     Each lane earns credit and runs when it has enough for the tokens of its batch, so a step of a long video is paid
     for by many of a picture. A lane earns by the number of its requests, each weighing more the longer it has waited
-    compared with the work it has left (tokens x steps). Within a lane the order is that of "fair".
+    compared with the work it has left (tokens x steps); no lane earns more than 16 times as fast as another, so that a
+    queue that grows for ever starves no lane beside it. Within a lane the order is that of "fair".
     """
 
     def choose(self, lanes: Collection[Lane], now_s: float, max_batch_tokens: int) -> Choice | None:
@@ -171,7 +174,9 @@ class DrrPolicy(FairPolicy):
         if len(leading) == 1:
             return next(iter(batches.values()))
         credit = {lane.batch_key: lane.credit for lane in lanes}
-        weights = {key: sum(self._weight(entry, now_s) for entry in entries) for key, entries in leading.items()}
+        needs = {key: sum(self._weight(entry, now_s) for entry in entries) for key, entries in leading.items()}
+        highest = min(needs.values()) * _HIGHEST_RATIO
+        weights = {key: min(need, highest) for key, need in needs.items()}
         turns = {key: max(0.0, batches[key].tokens - credit[key]) / weights[key] for key in leading}
         chosen = min(turns, key=turns.__getitem__)
         for key, weight in weights.items():
