@@ -39,7 +39,6 @@ def test_a_turn_waits_for_the_one_before(tmp_path: Path) -> None:
         with turns.take() as alone:
             assert alone
             assert ended.finished.is_set()
-    turns.close()
 
 
 def test_other_cores_do_not_wait(tmp_path: Path) -> None:
@@ -55,6 +54,23 @@ def test_a_process_that_is_stopped_delays_the_others_but_once(tmp_path: Path) ->
         with Turns(tmp_path, [0, 1], patience_s=0.05).take() as alone:
             assert not alone
         process.kill()
+
+
+def test_while_a_process_is_stopped_only_the_first_turn_waits(tmp_path: Path) -> None:
+    with _holder(tmp_path) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        turns = Turns(tmp_path, [0, 1], patience_s=0.2)
+        for _ in range(3):
+            with turns.take() as alone:
+                assert not alone
+        assert sum(thread.name == "turns" for thread in threading.enumerate()) == 1
+        process.kill()
+        process.wait()
+    for thread in threading.enumerate():
+        if thread.name == "turns":
+            thread.join()
+    with turns.take() as alone:
+        assert alone
 
 
 def test_a_process_that_dies_gives_its_cores_back(tmp_path: Path) -> None:

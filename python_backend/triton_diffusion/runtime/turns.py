@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-
-_POLL_S = 0.001
 
 
 class Turns:
@@ -28,52 +28,56 @@ class Turns:
         folder: where the files are, the same for all that share cores; it must exist.
         cores: numbers of the cores that a turn is for.
         patience_s: after so many seconds it goes on without a turn: work may be long, and a process may be stopped.
+            Until the one that was waited for is through, later turns do not wait at all.
         """
         self._patience_s = patience_s
-        self._files = [
-            (_open(folder / f"core-{core}.queue"), _open(folder / f"core-{core}")) for core in sorted(set(cores))
-        ]
+        self._paths = [(folder / f"core-{core}.queue", folder / f"core-{core}") for core in sorted(set(cores))]
+        self._given_up: threading.Thread | None = None
+        """Still waits for what took too long."""
 
     @contextlib.contextmanager
     def take(self) -> Iterator[bool]:
         """Within, no other has these cores; False: it took too long, and others may have them."""
+        is_stuck = self._given_up is not None and self._given_up.is_alive()
         deadline_s = time.monotonic() + self._patience_s
-        held: list[int] = []
-        try:
-            yield all(self._take_core(queue, core, held, deadline_s) for queue, core in self._files)
-        finally:
-            for file in held:
-                fcntl.flock(file, fcntl.LOCK_UN)
+        with contextlib.ExitStack() as held:
+            yield not is_stuck and all(self._take_core(*paths, held, deadline_s) for paths in self._paths)
 
-    def _take_core(self, queue: int, core: int, held: list[int], deadline_s: float) -> bool:
-        if not _lock(queue, deadline_s):
+    def _take_core(self, queue: Path, core: Path, held: contextlib.ExitStack, deadline_s: float) -> bool:
+        place = self._lock(queue, deadline_s)
+        if place is None:
             return False
         try:
-            if has_core := _lock(core, deadline_s):
-                held.append(core)
-            return has_core
+            file = self._lock(core, deadline_s)
         finally:
-            fcntl.flock(queue, fcntl.LOCK_UN)
+            os.close(place)
+        if file is not None:
+            held.callback(os.close, file)
+        return file is not None
 
-    def close(self) -> None:
-        """Close the files."""
-        for pair in self._files:
-            for file in pair:
-                os.close(file)
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def _lock(file: int, deadline_s: float) -> bool:
-    """Whether the lock was had by `deadline_s`; flock itself can only wait for ever, or not at all."""
-    while True:
-        try:
+    def _lock(self, path: Path, deadline_s: float) -> int | None:
+        """The file, locked until it is closed; None if that could not be had by `deadline_s`."""
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline_s:
-                return False
-            time.sleep(_POLL_S)
-        else:
-            return True
+            return file
+        # flock knows no time-out. It is left to a thread: to look again and again would take the very cores from the
+        # one that has them, a thousand times a second.
+        locked: Future[int] = Future()
+        waiter = threading.Thread(target=_wait, args=(file, locked), name="turns", daemon=True)
+        waiter.start()
+        try:
+            return locked.result(deadline_s - time.monotonic())
+        except TimeoutError:
+            if not locked.cancel():
+                return locked.result()
+            self._given_up = waiter
+            return None
+
+
+def _wait(file: int, locked: Future[int]) -> None:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    if locked.set_running_or_notify_cancel():
+        locked.set_result(file)
+    else:
+        os.close(file)

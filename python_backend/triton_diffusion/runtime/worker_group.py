@@ -193,7 +193,7 @@ class WorkerGroup:
 
 def _rank_environment(base: Mapping[str, str], device_id: str, num_threads: int, first_core: int) -> dict[str, str]:
     """Read by torch when it is imported, so it must be in place before the process starts."""
-    environment = _openmp_variables(num_threads, first_core) | dict(base)
+    environment = _openmp_variables(num_threads, first_core) | _malloc_variables() | dict(base)
     return environment | {
         "CUDA_VISIBLE_DEVICES": _visible_device(base, device_id),
         "GLOO_SOCKET_IFNAME": "lo",
@@ -216,6 +216,19 @@ def _openmp_variables(num_threads: int, first_core: int) -> dict[str, str]:
         return {}
     places = [f"{{{core}}}" for core in _cores_from(first_core, num_threads)]
     return {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(places), "GOMP_SPINCOUNT": "4000"}
+
+
+def _malloc_variables() -> dict[str, str]:
+    """How a rank on the CPU keeps memory that it has freed; the operator's own settings go first.
+
+    By its defaults glibc gives the activations of a batch back to the system at every step, which fills the same pages
+    with zeros again at the next. Measured on 2 cores with the demo checkpoint: a step of 8 rows 25 and of 16 rows 48 ms,
+    and 20 and 35 ms like this. Both are needed: a trim threshold alone maps every tensor anew (115 ms). 32 MiB is the
+    most that glibc takes (mallopt(3)).
+    """
+    if _has_gpus():
+        return {}
+    return {"MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 
 
 def _has_gpus() -> bool:
