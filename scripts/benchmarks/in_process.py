@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.picture import PictureRequest
-
-# What the threads of an OpenMP library do, and how many there are.
-_OPENMP_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_")
+from benchmarks.variables import environment, tuning_variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +28,8 @@ class Setup:
     dtype: str
     """A name of torch, or "auto" as in StageConfig."""
     num_threads: int
-    openmp: Mapping[str, str]
-    """OMP_* and the like in the process's environment; empty: the library's defaults."""
+    tuning: Mapping[str, str]
+    """`tuning_variables` of the process's environment; empty: the libraries' defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,9 @@ class InProcessPipeline:
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, setup), name="pipeline", daemon=True)
-        self._process.start()
+        # malloc reads its variables before any of our code runs there.
+        with environment(setup.tuning):
+            self._process.start()
         theirs.close()
 
     @property
@@ -97,19 +97,14 @@ class InProcessPipeline:
         self._process.join()
 
 
-def openmp_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those variables of an environment that OpenMP libraries read."""
-    return {name: value for name, value in environment.items() if name.startswith(_OPENMP_PREFIXES)}
-
-
 def _run(connection: Connection, setup: Setup) -> None:
     """The process: the pipeline's answer to each request, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # tqdm's own lock is one between processes, which is reported as leaked when this process is killed.
     tqdm.set_lock(threading.RLock())
-    for name in openmp_variables(os.environ):
+    for name in tuning_variables(os.environ):
         del os.environ[name]
-    os.environ.update(setup.openmp, TOKENIZERS_PARALLELISM="false")
+    os.environ.update(setup.tuning, TOKENIZERS_PARALLELISM="false")
     # Only now: OpenMP reads the environment when torch is imported.
     from benchmarks.pipeline import TimedPipeline
 

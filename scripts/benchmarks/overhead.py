@@ -1,8 +1,8 @@
 """Latency of a served picture over that of the same picture from diffusers' FluxPipeline in process.
 
 One client. The sides take turns, picture by picture and in every order, so that a slow moment of the machine hits all
-alike; while one works, the others wait without spinning. The pipeline runs twice: with the OpenMP settings of the
-server's ranks, and with OpenMP's own; the goal is held against the faster one.
+alike; while one works, the others wait without spinning. The pipeline runs twice: with the settings of the
+server's ranks for OpenMP and malloc, and with the defaults of both; the goal is held against the faster one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.in_process import InProcessPipeline, Setup
 from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length
 from benchmarks.report import Figure, Report, describe_machine
-from benchmarks.running import busy_figure, named_processes, openmp_of_ranks, running_server
+from benchmarks.running import busy_figure, named_processes, running_server, tuning_of_ranks
 from triton_diffusion.config import StageConfig
 from triton_diffusion.server import TritonServer
 from triton_diffusion_client import DiffusionClient
@@ -34,7 +34,7 @@ _GOAL = 1.05
 _PAUSE_S = 0.05
 _SERVED = "served"
 _IN_PROCESS = "in process"
-_WITH_DEFAULTS = "in process, OpenMP defaults"
+_WITH_DEFAULTS = "in process, defaults"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="compute type on both sides (default: %(default)s)")
     add("--num-threads", type=int, default=0, help="threads of a rank and of the pipeline; 0: as many as cores")
     add(
-        "--openmp-defaults",
+        "--defaults",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run the pipeline with OpenMP's defaults, too; on a busy machine that takes very long (default: yes)",
+        help="run the pipeline with the libraries' defaults, too; on a busy machine that takes very long (default: yes)",
     )
 
 
@@ -81,8 +81,8 @@ def measure(args: argparse.Namespace) -> Report:
     settings = {"model_path": model_path, "dtype": config.dtype, "num_threads": str(config.num_threads)}
     with (
         running_server(settings) as server,
-        _pipeline(config, openmp_of_ranks(server)) as like_ranks,
-        _pipeline(config, {}) if args.openmp_defaults else contextlib.nullcontext() as with_defaults,
+        _pipeline(config, tuning_of_ranks(server)) as like_ranks,
+        _pipeline(config, {}) if args.defaults else contextlib.nullcontext() as with_defaults,
         DiffusionClient(_address(server, args.protocol), args.protocol) as client,
     ):
         sides = {
@@ -106,9 +106,9 @@ def _address(server: TritonServer, protocol: str) -> str:
     return server.grpc_address if protocol == "grpc" else server.http_address
 
 
-def _pipeline(config: StageConfig, openmp: Mapping[str, str]) -> InProcessPipeline:
+def _pipeline(config: StageConfig, tuning: Mapping[str, str]) -> InProcessPipeline:
     return InProcessPipeline(
-        Setup(model_path=config.model_path, dtype=config.dtype, num_threads=config.threads_per_rank, openmp=openmp)
+        Setup(model_path=config.model_path, dtype=config.dtype, num_threads=config.threads_per_rank, tuning=tuning)
     )
 
 

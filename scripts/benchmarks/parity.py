@@ -71,7 +71,7 @@ def _measure_pictures(args: argparse.Namespace, config: StageConfig) -> list[Fig
     one_by_one = _different_pictures(model_path)
     at_once = _different_step_counts(model_path, args.clients)
     setup = Setup(
-        model_path=model_path, dtype=_DTYPE, num_threads=config.threads_per_rank, openmp={"OMP_WAIT_POLICY": "PASSIVE"}
+        model_path=model_path, dtype=_DTYPE, num_threads=config.threads_per_rank, tuning={"OMP_WAIT_POLICY": "PASSIVE"}
     )
     with InProcessPipeline(setup) as pipeline:
         expected = [_draw(pipeline, request) for request in tqdm(one_by_one, desc="in process")]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.in_process import openmp_variables
 from benchmarks.report import Figure
+from benchmarks.variables import tuning_variables
 from triton_diffusion.commands import ProgressLine
 from triton_diffusion.repository import build_repository
 from triton_diffusion.runtime.work import STAGE_MODELS
@@ -103,9 +103,9 @@ def wait_until_ready(server: TritonServer, *, poll_s: float) -> None:
             server.wait_until_ready()  # starts it again, or says what is wrong
 
 
-def openmp_of_ranks(server: TritonServer) -> dict[str, str]:
-    """How the threads of the server's ranks behave: their OpenMP variables."""
-    return openmp_variables(named_processes(server)["denoising, rank 0.0"].environ())
+def tuning_of_ranks(server: TritonServer) -> dict[str, str]:
+    """How the server's ranks use threads and memory: `tuning_variables` of their environment."""
+    return tuning_variables(named_processes(server)["denoising, rank 0.0"].environ())
 
 
 def busy_figure() -> Figure:

@@ -17,9 +17,9 @@ from benchmarks.faults.command import SETTINGS
 from benchmarks.faults.examiner import Examiner, draw_references
 from benchmarks.faults.ranks import Injector, find_ranks
 from benchmarks.faults.trial import Trial, different_requests, disturbed_trial
-from benchmarks.serving.processes import environment
 from benchmarks.soak.growth import growths
 from benchmarks.soak.trial import soak
+from benchmarks.variables import environment
 from triton_diffusion_client import AsyncDiffusionClient
 
 pytestmark = pytest.mark.end_to_end

@@ -42,6 +42,8 @@ def measure(bench: Bench) -> ClosedLoopResult:
             return _turn(bench, name, clients, num_pictures)
 
         names = [*bench.names, *(["limit"] if bench.limit and clients == MOST_CLIENTS else [])]
+        if not names:
+            continue
         rates[clients] = take_turns(f"closed loop, {clients} clients", names, bench.scale.rounds, play)
     return ClosedLoopResult(rates=rates, batch_rates=batch_rates)
 

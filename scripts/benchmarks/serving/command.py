@@ -16,7 +16,7 @@ from benchmarks.baselines import DTYPE, MODEL_PATH, NUM_THREADS
 from benchmarks.in_process import InProcessPipeline, Setup
 from benchmarks.picture import PictureRequest, absolute_model_path, default_sequence_length
 from benchmarks.report import Figure, Report, describe_machine
-from benchmarks.running import busy_figure, openmp_of_ranks
+from benchmarks.running import busy_figure, tuning_of_ranks
 from benchmarks.serving import cancel_storm, closed_loop, lone, memory, open_loop, saturation, short_behind_long
 from benchmarks.serving.bench import Bench
 from benchmarks.serving.memory import resident_bytes
@@ -76,21 +76,21 @@ def _open_setting(args: argparse.Namespace) -> Iterator[_Setting]:
     config = StageConfig(model_path=model_path, dtype=args.dtype)
     sides: dict[str, Side] = {}
     when_ready: dict[str, int] = {}
-    openmp: dict[str, str] = {}
+    tuning: dict[str, str] = {}
     limit: InProcessPipeline | None = None
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         if "ours" in args.sides:
             ours = stack.enter_context(open_ours({"model_path": model_path, "dtype": config.dtype}, runner))
             sides["ours"] = ours
-            when_ready, openmp = resident_bytes(ours.server), openmp_of_ranks(ours.server)
+            when_ready, tuning = resident_bytes(ours.server), tuning_of_ranks(ours.server)
             suspend(ours.pid)
-        variables = openmp | _baseline_variables(config)
+        variables = tuning | _baseline_variables(config)
         for name in tqdm([name for name in args.sides if name in BASELINES], desc="starting baselines", unit="side"):
             sides[name] = stack.enter_context(open_baseline(name, variables, runner))
             suspend(sides[name].pid)
         if "limit" in args.sides:
-            limit = stack.enter_context(InProcessPipeline(_pipeline_setup(config, openmp)))
+            limit = stack.enter_context(InProcessPipeline(_pipeline_setup(config, tuning)))
         bench = Bench(
             sides=sides,
             limit=limit,
@@ -100,7 +100,7 @@ def _open_setting(args: argparse.Namespace) -> Iterator[_Setting]:
         )
         for name in tqdm(bench.names, desc="warm-up", unit="side"):
             bench.warm_up(name)
-        yield _Setting(bench=bench, machine=_describe(bench, config, openmp), when_ready=when_ready)
+        yield _Setting(bench=bench, machine=_describe(bench, config, tuning), when_ready=when_ready)
 
 
 def _baseline_variables(config: StageConfig) -> dict[str, str]:
@@ -114,8 +114,8 @@ def _baseline_variables(config: StageConfig) -> dict[str, str]:
     }
 
 
-def _pipeline_setup(config: StageConfig, openmp: Mapping[str, str]) -> Setup:
-    return Setup(model_path=config.model_path, dtype=config.dtype, num_threads=config.threads_per_rank, openmp=openmp)
+def _pipeline_setup(config: StageConfig, tuning: Mapping[str, str]) -> Setup:
+    return Setup(model_path=config.model_path, dtype=config.dtype, num_threads=config.threads_per_rank, tuning=tuning)
 
 
 def _picture(model_path: str) -> PictureRequest:
@@ -128,10 +128,10 @@ def _picture(model_path: str) -> PictureRequest:
     )
 
 
-def _describe(bench: Bench, config: StageConfig, openmp: Mapping[str, str]) -> str:
+def _describe(bench: Bench, config: StageConfig, tuning: Mapping[str, str]) -> str:
     dtype = bench.limit.dtype if bench.limit else f"dtype={config.dtype}"
     machine = describe_machine(dtype=dtype, num_threads=config.threads_per_rank)
-    threads = " ".join(f"{name}={value}" for name, value in sorted(openmp.items())) or "OpenMP's defaults"
+    threads = " ".join(f"{name}={value}" for name, value in sorted(tuning.items())) or "the libraries' defaults"
     form = "short form" if bench.scale is QUICK else "full form"
     return f"{machine}; {_SIZE}x{_SIZE}, {_NUM_INFERENCE_STEPS} steps; {form}, {bench.scale.rounds} rounds; {threads}"
 

@@ -40,21 +40,6 @@ def _signal_tree(pid: int, number: signal.Signals) -> None:
 
 
 @contextlib.contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Processes that are started within have these variables, too."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
 def http_server(module: str, variables: Mapping[str, str]) -> Iterator[tuple[int, str]]:
     """A Python module that serves HTTP, started with `--port`: (process id, its address) as soon as it is healthy."""
     port = _free_port()

@@ -17,7 +17,8 @@ from tritonclient.grpc.aio import InferenceServerClient
 from benchmarks.running import running_server
 from benchmarks.serving.clients import ask_http, ask_monolith, ask_ours
 from benchmarks.serving.load import Ask
-from benchmarks.serving.processes import environment, http_server, resume, suspend
+from benchmarks.serving.processes import http_server, resume, suspend
+from benchmarks.variables import environment
 from triton_diffusion.server import TritonServer
 from triton_diffusion_client import AsyncDiffusionClient
 

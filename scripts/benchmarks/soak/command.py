@@ -11,9 +11,9 @@ from benchmarks.faults.command import SETTINGS, STAGES
 from benchmarks.picture import absolute_model_path, default_sequence_length
 from benchmarks.report import Figure, Report, describe_machine
 from benchmarks.running import running_server
-from benchmarks.serving.processes import environment
 from benchmarks.soak.growth import growths
 from benchmarks.soak.trial import Soak, soak
+from benchmarks.variables import environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
