@@ -10,8 +10,8 @@ from typing import Any
 from checkpoints.flux import build_flux_checkpoint
 from checkpoints.flux2 import build_klein_checkpoint
 from checkpoints.glm_image import build_glm_image_checkpoint
-from checkpoints.hunyuan_video import build_hunyuan_video_checkpoint
-from checkpoints.ltx_video import build_ltx_video_checkpoint
+from checkpoints.hunyuan_video import build_hunyuan_image_to_video_checkpoint, build_hunyuan_video_checkpoint
+from checkpoints.ltx_video import build_ltx_condition_checkpoint, build_ltx_video_checkpoint
 from checkpoints.qwen_image import build_qwen_image_checkpoint
 from checkpoints.stable_diffusion import build_stable_diffusion_checkpoint, build_stable_diffusion_xl_checkpoint
 from checkpoints.stable_diffusion_3 import build_stable_diffusion_3_checkpoint
@@ -54,3 +54,9 @@ QWEN_EDIT = FamilyCase(
     lambda folder: build_qwen_image_checkpoint(folder, "QwenImageEditPipeline", halvings=2), _GUIDED, num_images=1
 )
 """A picture in the prompt. The pipeline makes a megapixel of it, whatever its size, which takes its time."""
+LTX_CONDITION = FamilyCase(build_ltx_condition_checkpoint, _VIDEO | _GUIDED, num_images=1)
+"""Noise on the first frame in every step, which the noise scheduler of the row draws."""
+HUNYUAN_FROM_PICTURE = FamilyCase(
+    lambda folder: build_hunyuan_image_to_video_checkpoint(folder, "token_replace"), {"num_frames": 9}, num_images=1
+)
+"""A picture in the prompt and as the first frame."""

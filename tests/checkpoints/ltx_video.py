@@ -1,14 +1,16 @@
-"""An LTX-Video checkpoint in diffusers layout from the real classes: random weights in float32, 1 MB on the disk."""
+"""LTX-Video checkpoints in diffusers layout from the real classes: random weights in float32, 1 MB on the disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -32,25 +34,42 @@ def build_ltx_video_checkpoint(
 
     timestep_conditioning: as in 0.9.1, whose decoder adds noise, too.
     """
-    pipeline_class: type[DiffusionPipeline] = LTXImageToVideoPipeline if image_to_video else LTXPipeline
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=2.0,
+        use_dynamic_shifting=dynamic_shift,
+        base_shift=0.95,
+        max_shift=2.05,
+        base_image_seq_len=8,
+        max_image_seq_len=128,
+        shift_terminal=0.1 if dynamic_shift else None,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = make_t5_tokenizer()
-        pipeline = pipeline_class(
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                shift=2.0,
-                use_dynamic_shifting=dynamic_shift,
-                base_shift=0.95,
-                max_shift=2.05,
-                base_image_seq_len=8,
-                max_image_seq_len=128,
-                shift_terminal=0.1 if dynamic_shift else None,
-            ),
-            vae=_make_vae(timestep_conditioning),
-            text_encoder=make_t5(tokenizer),
-            tokenizer=tokenizer,
-            transformer=_make_transformer(),
-        )
+        vae = _make_vae(timestep_conditioning)
+        return _build(folder, LTXImageToVideoPipeline if image_to_video else LTXPipeline, vae, scheduler)
+
+
+def build_ltx_condition_checkpoint(folder: Path, *, seed: int = 0, **scheduler: Any) -> Path:
+    """One like 0.9.5, for LTXConditionPipeline; `scheduler` changes its noise scheduler. A latent is as above."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _build(folder, LTXConditionPipeline, _make_vae_095(), FlowMatchEulerDiscreteScheduler(**scheduler))
+
+
+def _build(
+    folder: Path,
+    pipeline_class: type[DiffusionPipeline],
+    vae: AutoencoderKLLTXVideo,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+) -> Path:
+    tokenizer = make_t5_tokenizer()
+    pipeline = pipeline_class(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=make_t5(tokenizer),
+        tokenizer=tokenizer,
+        transformer=_make_transformer(),
+    )
     pipeline.save_pretrained(folder)
     index = folder / "model_index.json"
     # As the published checkpoint names it.
@@ -97,6 +116,32 @@ def _make_vae(timestep_conditioning: bool) -> AutoencoderKLLTXVideo:
         timestep_conditioning=timestep_conditioning,
         scaling_factor=1.3,
     )
+    return _with_statistics(vae)
+
+
+def _make_vae_095() -> AutoencoderKLLTXVideo:
+    """Downsampled by rearranging pixels, and one side at a time; its decoder takes a timestep, and adds no noise."""
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("LTXVideo095DownBlock3D",) * 2,
+        layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        downsample_type=("spatial", "temporal"),
+        decoder_block_out_channels=(16,),
+        decoder_layers_per_block=(1, 1),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        upsample_residual=(True,),
+        upsample_factor=(2,),
+        timestep_conditioning=True,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=2,
+    )
+    return _with_statistics(vae)
+
+
+def _with_statistics(vae: AutoencoderKLLTXVideo) -> AutoencoderKLLTXVideo:
     nn.init.normal_(vae.latents_mean, std=0.3)
     nn.init.uniform_(vae.latents_std, 0.5, 2.0)
     for name, parameter in vae.named_parameters():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints.ltx_video import build_ltx_video_checkpoint
+from checkpoints.ltx_video import build_ltx_condition_checkpoint, build_ltx_video_checkpoint
 from checkpoints.requests import make_request
 from checkpoints.stages import InProcessStages
 from distributed.layouts import check_layout, denoise_alone
@@ -71,6 +71,14 @@ def test_every_layout_draws_what_one_rank_does(
     assert alone["results"].keys() == {*TEXT, *PICTURE}
     for answer in check_layout(folder, blobs, alone, parallel, weights_below=0.65):
         assert (answer["sent_bytes"] > 0) == (parallel.tp == 2)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(cfg=2), ParallelConfig(tp=2, ulysses=2)], ids=str)
+def test_ranks_add_the_same_noise_to_a_first_frame(tmp_path: Path, parallel: ParallelConfig) -> None:
+    folder = build_ltx_condition_checkpoint(tmp_path)
+    (request,) = PICTURE.values()
+    blobs = {"picture": InProcessStages(folder).encode("picture", request, [PIXELS])}
+    check_layout(str(folder), blobs, denoise_alone(str(folder), blobs), parallel, weights_below=0.65)
 
 
 def test_tiles_are_shared_to_the_bit(folder: str, stages: InProcessStages) -> None:

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from transformers import (
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -208,6 +210,11 @@ def copy_with_t5(source: Path, folder: Path, feed_forward: str) -> Path:
     ("family", "model_class", "config"),
     [
         ("hunyuan_video", LlamaModel, LlamaConfig(hidden_size=4096, intermediate_size=14336, vocab_size=128320)),
+        (
+            "hunyuan_video",
+            LlavaForConditionalGeneration,
+            LlavaConfig(text_config=LlamaConfig(hidden_size=4096, intermediate_size=14336, vocab_size=128320)),
+        ),
         ("z_image", Qwen3Model, Qwen3Config(hidden_size=2560, intermediate_size=9728, vocab_size=151936)),
         (
             "qwen_image",
@@ -241,7 +248,7 @@ def test_each_of_two_ranks_has_about_half_of_a_language_model(family: str, model
     """In the sizes that are published; nothing is allocated."""
     with init_empty_weights():
         model = model_class(config)
-    specs = shard_specs(model, language_model_plan_of(family), 2)
+    specs = shard_specs(model, language_model_plan_of(family, model_class), 2)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     half = sum(size / (2 if name in specs and specs[name].dim is not None else 1) for name, size in sizes.items())
     share = half / sum(sizes.values())
@@ -249,10 +256,12 @@ def test_each_of_two_ranks_has_about_half_of_a_language_model(family: str, model
     assert share < 0.52
 
 
-def language_model_plan_of(family: str) -> TensorPlan:
+def language_model_plan_of(family: str, model_class: Any) -> TensorPlan:
     """Of a checkpoint of which only the configuration of the transformer is asked."""
-    config = {"num_attention_heads": 4, "attention_head_dim": 8}
-    checkpoint: Any = SimpleNamespace(config=lambda _: config, pipeline_class="Flux2Pipeline")
+    config = {"num_attention_heads": 4, "attention_head_dim": 8, "image_condition_type": "token_replace"}
+    sees = model_class is LlavaForConditionalGeneration
+    pipeline_class = "HunyuanVideoImageToVideoPipeline" if sees else "Flux2Pipeline"
+    checkpoint: Any = SimpleNamespace(config=lambda _: config, pipeline_class=pipeline_class)
     (found,) = (each for each in FAMILIES if each.name == family)
     plan: TensorPlan = found.parallelize.tensor_plans(checkpoint)["text_encoder"]
     return plan

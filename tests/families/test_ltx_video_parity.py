@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from diffusers import LTXImageToVideoPipeline, LTXPipeline
 from PIL import Image
 from safetensors.torch import load
 
-from checkpoints import requests
 from checkpoints.ltx_video import build_ltx_video_checkpoint
+from checkpoints.ltx_video_pair import LtxPair, make_request
 from checkpoints.parity import Pair, assert_close, differs, guided_arguments
 from checkpoints.stages import InProcessStages, Picture
 from triton_diffusion.config import ParallelConfig
@@ -34,26 +33,10 @@ PICTURES = [
 ]
 
 
-def make_request(**values: Any) -> GenerationRequest:
-    """A video of five frames in three steps."""
-    return requests.make_request(**{"num_frames": 5, "num_inference_steps": 3, "fps": 25.0} | values)
-
-
 def arguments(request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
     given = guided_arguments(request, videos=True) | {"frame_rate": request.fps}
     # With a generator for each output, the pipeline wants a picture for each as well.
     return given | ({"image": images * request.num_outputs} if images else {})
-
-
-class LtxPair(Pair):
-    """The pipeline's latents are packed, ours are not."""
-
-    def reference(self, request: GenerationRequest, images: Sequence[Picture] = (), output_type: str = "latent") -> Any:
-        result = super().reference(request, images, output_type)
-        if output_type != "latent":
-            return result
-        size = ((request.num_frames - 1) // 2 + 1, request.height // 8, request.width // 8)
-        return result.transpose(1, 2).unflatten(2, size)
 
 
 @pytest.fixture(scope="module")

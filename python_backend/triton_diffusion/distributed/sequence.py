@@ -41,6 +41,13 @@ class Gather:
 
 
 @dataclass(frozen=True)
+class Leading:
+    """An argument that is a number: so many tokens in front of `stream` are special. A rank is told how many it has."""
+
+    stream: str
+
+
+@dataclass(frozen=True)
 class SequencePlan:
     """Where a model is cut. Module paths are those of `get_submodule`, with one "*" for all modules of a list.
 
@@ -51,7 +58,7 @@ class SequencePlan:
     asks no other.
     """
 
-    inputs: Mapping[str, Mapping[str, Shard]]
+    inputs: Mapping[str, Mapping[str, Shard | Leading]]
     outputs: Mapping[str, Sequence[Shard | Gather | None]]
     whole: Sequence[str] = ()
     cross: Sequence[str] = ()
@@ -81,6 +88,11 @@ class ShardedSequence:
             raise ValueError(f"{how.streams} are {lengths} tokens, but dim {how.dim} of {list(tensor.shape)} is not")
         return torch.cat([self._part(part, how.dim) for part in tensor.split(lengths, how.dim)], how.dim)
 
+    def leading(self, count: int, how: Leading) -> int:
+        """How many of `count` tokens in front are on this rank."""
+        sizes = split_sizes(self.lengths[how.stream], self.axis.degree)
+        return min(max(0, count - sum(sizes[: self.axis.rank])), sizes[self.axis.rank])
+
     def gather(self, tensor: torch.Tensor, how: Gather) -> torch.Tensor:
         """The whole, on every rank."""
         return self.axis.all_gather(tensor, split_sizes(self.lengths[how.stream], self.axis.degree), how.dim)
@@ -107,7 +119,7 @@ def plan_from_diffusers(model: torch.nn.Module, *, gather_like: str) -> Sequence
 
     Its own hooks refuse lengths that do not divide, and know one mesh and no masks; the plan itself is what we need.
     """
-    inputs: dict[str, dict[str, Shard]] = {}
+    inputs: dict[str, dict[str, Shard | Leading]] = {}
     outputs: dict[str, list[Shard | Gather | None]] = {}
     for path, entry in (getattr(model, "_cp_plan", None) or {}).items():
         if not isinstance(entry, Mapping):
@@ -137,11 +149,14 @@ def find_modules(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
 
 
 def _input_hook(
-    module: torch.nn.Module, arguments: Mapping[str, Shard], sequence: ShardedSequence
+    module: torch.nn.Module, arguments: Mapping[str, Shard | Leading], sequence: ShardedSequence
 ) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     # Streams of their own first: what is made of several needs their lengths.
-    ordered = sorted(arguments.items(), key=lambda item: len(item[1].streams))
+    ordered = sorted(arguments.items(), key=lambda item: len(item[1].streams) if isinstance(item[1], Shard) else 2)
+
+    def part(value: Any, how: Shard | Leading) -> Any:
+        return sequence.leading(value, how) if isinstance(how, Leading) else sequence.shard(value, how)
 
     def cut(
         _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,9 +165,9 @@ def _input_hook(
         for name, how in ordered:
             if name in kwargs:
                 if kwargs[name] is not None:
-                    kwargs[name] = sequence.shard(kwargs[name], how)
+                    kwargs[name] = part(kwargs[name], how)
             elif names.index(name) < len(changed) and changed[names.index(name)] is not None:
-                changed[names.index(name)] = sequence.shard(changed[names.index(name)], how)
+                changed[names.index(name)] = part(changed[names.index(name)], how)
         return tuple(changed), kwargs
 
     return cut

@@ -321,6 +321,7 @@ class Schedule:
     """The noise schedule of one row.
 
     noise_scheduler: of diffusers, at its first step; it keeps its position inside, so every row has its own.
+        One of the family's own may have begin(latents, generator), which returns the latents of the first step.
     timesteps: (num_steps,), those that are run, on the scale of the noise scheduler.
     """
 

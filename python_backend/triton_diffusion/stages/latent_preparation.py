@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class LatentPreparationStage(PipelineStage[StageRequest]):
             item.rows = [
                 DenoiseRow(
                     key=f"{item.request_id}/{index}",
-                    latents=latents[index : index + 1],
+                    latents=_first_latents(schedule.noise_scheduler, latents[index : index + 1], generator),
                     noise_scheduler=schedule.noise_scheduler,
                     timesteps=schedule.timesteps,
                     conditioning=_of_output(item.conditioning.positive, index),
@@ -48,6 +49,13 @@ class LatentPreparationStage(PipelineStage[StageRequest]):
                 )
                 for index, (schedule, generator) in enumerate(zip(item.schedules, generators, strict=True))
             ]
+
+
+def _first_latents(noise_scheduler: Any, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Those of the first step: noise schedulers of our own may add noise in front of it, too."""
+    begin = getattr(noise_scheduler, "begin", None)
+    started: torch.Tensor = latents if begin is None else begin(latents, generator)
+    return started
 
 
 def _of_output(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:

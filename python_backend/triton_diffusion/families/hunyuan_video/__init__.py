@@ -1,4 +1,4 @@
-"""HunyuanVideo (Tencent): text to video by flow matching, with LLaMA and CLIP and a causal 3-D autoencoder."""
+"""HunyuanVideo (Tencent): text and pictures to video by flow matching, with LLaMA, CLIP and a causal autoencoder."""
 
 from triton_diffusion.families.hunyuan_video.family import FAMILY
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
 
 from triton_diffusion.distributed.language_model import language_model_plan
-from triton_diffusion.distributed.sequence import Gather, SequencePlan, Shard
+from triton_diffusion.distributed.sequence import Gather, Leading, SequencePlan, Shard
 from triton_diffusion.distributed.tensor_parallel import Style, TensorPlan
+from triton_diffusion.families.hunyuan_video.family import image_condition
 from triton_diffusion.loading.checkpoint import Checkpoint
 
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
@@ -45,6 +47,16 @@ its part of the text, so the mask has to be cut stream by stream. Cut in one pie
 right length on every rank and belongs to other tokens: the video is wrong, and nothing says so.
 """
 
+_VISION_LAYER, _PROJECTOR = "model.vision_tower.encoder.layers.*", "model.multi_modal_projector"
+_LLAVA: TensorPlan = {
+    **language_model_plan("model.language_model", head="lm_head"),
+    **dict.fromkeys((f"{_VISION_LAYER}.self_attn.{name}_proj" for name in ("q", "k", "v")), "colwise"),
+    **dict.fromkeys((f"{_VISION_LAYER}.mlp.fc1", f"{_PROJECTOR}.linear_1"), "colwise"),
+    **dict.fromkeys(
+        (f"{_VISION_LAYER}.self_attn.out_proj", f"{_VISION_LAYER}.mlp.fc2", f"{_PROJECTOR}.linear_2"), "rowwise"
+    ),
+}
+
 
 def tensor_plans(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
     """The plan of each component that tensor parallelism divides."""
@@ -53,12 +65,23 @@ def tensor_plans(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
     transformer |= dict.fromkeys(_GATHERED, "colwise_gather")
     # Its input is the output of attention and, behind it, the hidden layer of the feed-forward.
     transformer[f"{_SINGLE}.proj_out"] = PackedRowwiseParallel(_single_block_widths(checkpoint))
-    return {"transformer": transformer, "text_encoder": language_model_plan()}
+    text_encoder = _LLAVA if image_condition(checkpoint) else language_model_plan()
+    return {"transformer": transformer, "text_encoder": text_encoder}
 
 
 def sequence_plan(transformer: Any) -> SequencePlan:
-    """Image and text tokens are cut at the first block, and the image is put together behind the last layer."""
-    return SEQUENCE_PLAN
+    """Image and text tokens are cut at the first block, and the image is put together behind the last layer.
+
+    A first frame that is given is modulated in another way: of its tokens each rank must know how many it has.
+    """
+    if transformer.config.image_condition_type != "token_replace":
+        return SEQUENCE_PLAN
+    first_frame = {"num_tokens": Leading(*_IMAGE)}
+    inputs = {
+        path: {**arguments, **first_frame} if path in (_DOUBLE, _SINGLE) else arguments
+        for path, arguments in SEQUENCE_PLAN.inputs.items()
+    }
+    return dataclasses.replace(SEQUENCE_PLAN, inputs=inputs)
 
 
 def _single_block_widths(checkpoint: Checkpoint) -> list[int]:

@@ -1,4 +1,4 @@
-"""LTX-Video latents to videos, as diffusers' LTXPipeline does it."""
+"""LTX-Video latents to videos, as diffusers' LTX pipelines do it."""
 
 from __future__ import annotations
 

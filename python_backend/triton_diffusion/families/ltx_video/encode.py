@@ -1,4 +1,4 @@
-"""Prompts and pictures to LTX-Video conditioning, as diffusers' LTXPipeline and LTXImageToVideoPipeline make it."""
+"""Prompts and pictures to LTX-Video conditioning, as diffusers' LTX pipelines make it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from triton_diffusion.families.base import EncodedPrompt, Prompt
-from triton_diffusion.families.ltx_video.family import latent_size
+from triton_diffusion.families.ltx_video.family import latent_size, takes_conditions
 from triton_diffusion.families.pictures import resized
 from triton_diffusion.families.prompts import all_tokens, sequence_cut_warning
 from triton_diffusion.loading.components import Components
@@ -18,14 +18,15 @@ def encode_prompts(components: Components, prompts: Sequence[Prompt], max_sequen
     """Encode B prompts in one pass.
 
     Returns for each prompt prompt_embeds (1, max_sequence_length, D) and prompt_attention_mask (1,
-    max_sequence_length), bool. T5 itself sees the padding, and the transformer does not.
+    max_sequence_length), bool. The transformer does not see the padding; T5 does, but for LTXConditionPipeline.
     """
     t5, tokenizer = components["text_encoder"], components["tokenizer"]
     texts = [prompt.text for prompt in prompts]
     tokens = tokenizer(
         texts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
     )
-    embeds = t5(tokens.input_ids.to(t5.device))[0].to(t5.dtype)
+    seen = tokens.attention_mask.to(t5.device) if takes_conditions(components.checkpoint) else None
+    embeds = t5(tokens.input_ids.to(t5.device), attention_mask=seen)[0].to(t5.dtype)
     mask = tokens.attention_mask.bool()
     return [
         EncodedPrompt(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families.base import ModelFamily
@@ -17,6 +17,24 @@ if TYPE_CHECKING:
 # The pipeline sets no limit; the model was trained on prompts of 128 and, later, 256 tokens.
 LONGEST_SEQUENCE_LENGTH = 512
 FRAME_RATE = 25.0
+CONDITION_PIPELINE = "LTXConditionPipeline"
+# Where sigmas are to be the timesteps that the pipeline makes, the noise scheduler must not move them.
+_PLAIN_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+
+
+def takes_conditions(checkpoint: Checkpoint) -> bool:
+    """Whether it is one of 0.9.5 or later, with a schedule and positions in time of its own (LTXConditionPipeline)."""
+    return checkpoint.pipeline_class == CONDITION_PIPELINE
 
 
 def compression(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -35,10 +53,13 @@ def latent_size(checkpoint: Checkpoint, request: GenerationRequest) -> tuple[int
 
 
 class LtxVideoFamily(ModelFamily):
-    """LTX-Video up to 0.9.1, and checkpoints trained from it; a picture that is given becomes the first frame."""
+    """LTX-Video, and checkpoints trained from it; a picture that is given becomes the first frame.
+
+    Of LTXConditionPipeline (0.9.5 and later), that is a condition at frame 0, of strength 1.
+    """
 
     name = "ltx_video"
-    pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline")
+    pipeline_classes = ("LTXPipeline", "LTXImageToVideoPipeline", CONDITION_PIPELINE)
     tasks = ("text-to-video", "image-to-video")
     makes_videos = True
 
@@ -52,7 +73,7 @@ class LtxVideoFamily(ModelFamily):
         }
 
     def defaults(self, checkpoint: Checkpoint) -> RequestDefaults:
-        """LTXPipeline's own defaults, which are LTXImageToVideoPipeline's."""
+        """Those of the pipelines, which have the same, but for the length of a prompt."""
         sizes = [checkpoint.setting("transformer", name) for name in ("patch_size", "patch_size_t")]
         if sizes != [1, 1]:
             raise ConfigurationError(
@@ -60,6 +81,11 @@ class LtxVideoFamily(ModelFamily):
                 f"{checkpoint.pipeline_class} works with 1 and 1, one token a latent"
             )
         schedule = checkpoint.config("scheduler", "scheduler_config.json")
+        has_conditions = takes_conditions(checkpoint)
+        if has_conditions:
+            _require_plain_schedule(checkpoint)
+        # A schedule that is made without the shift, or one that grows with the number of tokens, leaves nothing to set.
+        has_shift = not (has_conditions or schedule.get("use_dynamic_shifting"))
         temporal, spatial = compression(checkpoint)
         return RequestDefaults(
             height=512,
@@ -68,13 +94,12 @@ class LtxVideoFamily(ModelFamily):
             num_inference_steps=50,
             guidance_scale=3.0,
             embedded_guidance_scale=None,
-            max_sequence_length=128,
+            max_sequence_length=256 if has_conditions else 128,
             longest_sequence_length=LONGEST_SEQUENCE_LENGTH,
             num_frames=161,
             frame_step=temporal,
             fps=FRAME_RATE,
-            # A shift that grows with the number of tokens leaves nothing to set.
-            flow_shift=None if schedule.get("use_dynamic_shifting") else float(schedule.get("shift", 1.0)),
+            flow_shift=float(schedule.get("shift", 1.0)) if has_shift else None,
             min_images=int(checkpoint.pipeline_class == "LTXImageToVideoPipeline"),
             max_images=1,
         )
@@ -102,6 +127,24 @@ class LtxVideoFamily(ModelFamily):
         if stage_model == "denoising":
             return {"num_attention_heads": checkpoint.setting("transformer", "num_attention_heads")}
         return {name: checkpoint.setting("text_encoder", name) for name in ("num_heads", "d_ff")}
+
+
+def _require_plain_schedule(checkpoint: Checkpoint) -> None:
+    """Raise ConfigurationError where LTXConditionPipeline would fail, or step past the timesteps that it makes."""
+    _, noise_scheduler = checkpoint.component_class("scheduler")
+    if noise_scheduler != "FlowMatchEulerDiscreteScheduler":
+        raise ConfigurationError(
+            f"{checkpoint.path}/scheduler is a {noise_scheduler}; {CONDITION_PIPELINE} works with a "
+            "FlowMatchEulerDiscreteScheduler: use that of the published checkpoint"
+        )
+    config = checkpoint.config("scheduler", "scheduler_config.json")
+    wrong = {name: config[name] for name, plain in _PLAIN_SCHEDULE.items() if config.get(name, plain) != plain}
+    if wrong:
+        raise ConfigurationError(
+            f"{checkpoint.path}/scheduler has {', '.join(f'{name}={value}' for name, value in wrong.items())}; "
+            f"{CONDITION_PIPELINE} makes its schedule by itself: set "
+            f"{', '.join(f'{name}={_PLAIN_SCHEDULE[name]}' for name in wrong)}"
+        )
 
 
 FAMILY = LtxVideoFamily()
