@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class BaseClient:
         timeout_s: float | None = None,
         retries: int = DEFAULT_RETRIES,
         retry_timeout_s: float = DEFAULT_RETRY_TIMEOUT_S,
+        connect_timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
         ssl: bool = False,
         root_certificates: str | Path | None = None,
@@ -76,7 +78,10 @@ class BaseClient:
         self._health_model = helper_name(model, "health")
         self._cancel_scope = uuid.uuid4().hex if cancel_scope is None else check_text("cancel_scope", cancel_scope)
         self._timeout_s = check_timeout(timeout_s)
-        self._retry_policy = RetryPolicy(retries=retries, retry_timeout_s=retry_timeout_s)
+        self._retry_policy = RetryPolicy(
+            retries=retries, retry_timeout_s=retry_timeout_s, connect_timeout_s=connect_timeout_s
+        )
+        self._was_connected = threading.Event()
         self._under_way: set[Attempts] = set()
         self._closed = False
         self._prepare_transport()
@@ -124,10 +129,11 @@ class BaseClient:
     @contextmanager
     def _attempts(self, request: WireRequest, stopped: Flag) -> Iterator[Attempts]:
         """The attempts of a request, which `_stop` finds until the end of the block."""
-        attempts = Attempts(request, self._retry_policy, stopped)
+        attempts = Attempts(request, self._retry_policy, stopped, self._was_connected)
         self._under_way.add(attempts)
         try:
             yield attempts
+            self._was_connected.set()
         finally:
             self._under_way.discard(attempts)
 
@@ -137,6 +143,11 @@ class BaseClient:
         for attempts in found:
             attempts.stopped.set()
         return any(attempts.is_pausing for attempts in found)
+
+    def _note_ready(self, is_ready: bool) -> bool:
+        if is_ready:
+            self._was_connected.set()
+        return is_ready
 
     def _require_open(self) -> None:
         if self._closed:

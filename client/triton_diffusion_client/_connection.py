@@ -11,6 +11,8 @@ from triton_diffusion_client._protocol import TransportName
 from triton_diffusion_client.errors import ServerUnavailableError
 
 ADMIN_KEY_HEADER = "triton-diffusion-admin-key"
+CONNECTION_TIMEOUT_S = 10.0
+"""How long a server may take to accept a connection, before there is a request."""
 DEFAULT_URLS: dict[TransportName, str] = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 
 
@@ -36,14 +38,17 @@ class Connection:
         prefix = "triton-grpc-protocol-" if self.protocol == "grpc" else ""
         return replace(self, headers={**self.headers, f"{prefix}{ADMIN_KEY_HEADER}": key})
 
-    def unreachable(self, reason: Exception | str, request_id: str | None = None) -> ServerUnavailableError:
-        """The error for a server that does not answer, or stopped answering."""
+    def unreachable(
+        self, reason: Exception | str, request_id: str | None = None, *, was_connected: bool = True
+    ) -> ServerUnavailableError:
+        """The error for a server that does not answer, or (`was_connected`) stopped answering."""
         port = "gRPC" if self.protocol == "grpc" else "HTTP"
         reason = str(reason) or type(reason).__name__
         return ServerUnavailableError(
             f"cannot reach a server at {self.address} ({reason}); start one with 'triton-diffusion serve', or give the "
             f"url of the {port} port of one that runs",
             request_id=request_id,
+            was_connected=was_connected,
         )
 
 

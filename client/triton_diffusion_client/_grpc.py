@@ -14,7 +14,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from tritonclient.utils import serialize_byte_tensor
 
 from triton_diffusion_client._answers import ModelState, Outputs
-from triton_diffusion_client._connection import Connection
+from triton_diffusion_client._connection import CONNECTION_TIMEOUT_S, Connection
 from triton_diffusion_client._protocol import WireRequest
 from triton_diffusion_client.errors import (
     DiffusionClientError,
@@ -31,25 +31,23 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     # A server that has come back is found within a second, not after gRPC's two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Despite its name, this is how long a server may take to accept a connection.
+    ("grpc.min_reconnect_backoff_ms", int(CONNECTION_TIMEOUT_S * 1000)),
 ]
 
 # Without it Triton reports an error in a stream as a message without a status.
 _STREAM_METADATA = (("triton_grpc_error", "true"),)
 
 # How gRPC itself complains about the connection; anything else that is UNAVAILABLE comes from the server.
-_CONNECTION_COMPLAINTS = (
+_NO_CONNECTION = (
     "failed to connect",
     "connections to all backends failing",
     "dns resolution failed",
-    "socket closed",
-    "connection reset",
-    "broken pipe",
+    "errors resolving",
     "handshake failed",
-    "recvmsg",
-    "goaway",
 )
+_BROKEN_CONNECTION = ("socket closed", "connection reset", "broken pipe", "recvmsg", "goaway")
 
 
 def to_infer_request(request: WireRequest) -> service_pb2.ModelInferRequest:
@@ -75,8 +73,11 @@ def to_client_error(
     request_id = None if request is None else request.request_id
     if is_from_a_model(message):
         return error_from_status(status, message, request_id)
-    if status == "UNAVAILABLE" and any(complaint in message.lower() for complaint in _CONNECTION_COMPLAINTS):
-        return connection.unreachable(message, request_id)
+    if status == "UNAVAILABLE":
+        # The first may quote one of the second as its reason.
+        for complaints, was_connected in ((_NO_CONNECTION, False), (_BROKEN_CONNECTION, True)):
+            if any(complaint in message.lower() for complaint in complaints):
+                return connection.unreachable(message, request_id, was_connected=was_connected)
     if status == "DEADLINE_EXCEEDED" and request is not None and request.timeout_s is not None:
         return RequestTimeoutError(
             f"no answer within timeout_s={request.timeout_s:g}; the request was cancelled",

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tritonclient.http import InferenceServerClient, InferInput, InferResult
 
 from triton_diffusion_client._answers import FOREIGN_ANSWER_ERRORS, ModelState, Outputs, foreign_answer
-from triton_diffusion_client._connection import Connection
+from triton_diffusion_client._connection import CONNECTION_TIMEOUT_S, Connection
 from triton_diffusion_client._protocol import WireRequest
 from triton_diffusion_client.errors import (
     DiffusionClientError,
@@ -36,6 +36,8 @@ from triton_diffusion_client.errors import (
 # A stream is JSON text, so a picture or video in it is base64.
 _TEXT_FORMATS = {name: f"b64_{name}" for name in ("png", "jpeg", "webp", "mp4", "webm", "gif")}
 _EVENT_STREAM = "text/event-stream"
+# What the libraries raise for an answer that does not begin as one of HTTP does: the gRPC port's, for example.
+_BAD_STATUS_LINES = (http.client.BadStatusLine, aiohttp.ClientResponseError)
 _READ_SIZE_BYTES = 1 << 16
 
 
@@ -174,11 +176,19 @@ class EventDecoder:
             yield JsonOutputs(event)
 
 
-def _timed_out(request: WireRequest) -> RequestTimeoutError:
-    return RequestTimeoutError(
-        f"no answer within timeout_s={request.timeout_s:g}; the connection was closed",
-        request_id=request.request_id,
-    )
+def _to_client_error(
+    error: Exception, connection: Connection, request: WireRequest, *, was_connected: bool
+) -> DiffusionClientError:
+    """Our exception for one of http.client, aiohttp or the system."""
+    is_late = isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError)
+    if is_late and request.timeout_s is not None:
+        return RequestTimeoutError(
+            f"no answer within timeout_s={request.timeout_s:g}; the connection was closed",
+            request_id=request.request_id,
+        )
+    if isinstance(error, _BAD_STATUS_LINES) and not isinstance(error, http.client.RemoteDisconnected):
+        return connection.unreachable("what answers there speaks no HTTP", request.request_id, was_connected=False)
+    return connection.unreachable(error, request.request_id, was_connected=was_connected)
 
 
 def _ssl_context(connection: Connection) -> ssl.SSLContext | None:
@@ -195,20 +205,30 @@ class _Exchange:
 
     def __init__(self, connection: Connection, context: ssl.SSLContext | None, timeout_s: float | None) -> None:
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        connection_timeout_s = min(CONNECTION_TIMEOUT_S, timeout_s or CONNECTION_TIMEOUT_S)
         url = urlsplit(f"//{connection.address}")
         assert url.hostname is not None
         self._base_path = url.path
         self._headers = dict(connection.headers)
         self._http: http.client.HTTPConnection
         self._response: http.client.HTTPResponse | None = None
+        self.was_connected = False
         if context is not None:
-            self._http = http.client.HTTPSConnection(url.hostname, url.port, timeout=timeout_s, context=context)
+            self._http = http.client.HTTPSConnection(
+                url.hostname, url.port, timeout=connection_timeout_s, context=context
+            )
         else:
-            self._http = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout_s)
+            self._http = http.client.HTTPConnection(url.hostname, url.port, timeout=connection_timeout_s)
 
     def send(self, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> None:
         """Connect, send, and wait for the head of the answer; then `status` and `headers` are there."""
-        self._http.connect()
+        try:
+            self._http.connect()
+        except TimeoutError as error:
+            if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
+                raise
+            raise ConnectionError(f"no connection within {CONNECTION_TIMEOUT_S:g} s") from error
+        self.was_connected = True
         self._socket = self._http.sock
         self._limit_wait()
         self._http.request(method, self._base_path + path, body, {**self._headers, **headers})
@@ -225,11 +245,10 @@ class _Exchange:
 
     def _limit_wait(self) -> None:
         """A socket's time-out is for each wait; ours is for the whole request."""
-        if self._deadline_s is not None:
-            remaining_s = self._deadline_s - time.monotonic()
-            if remaining_s <= 0:
-                raise TimeoutError
-            self._socket.settimeout(remaining_s)
+        remaining_s = None if self._deadline_s is None else self._deadline_s - time.monotonic()
+        if remaining_s is not None and remaining_s <= 0:
+            raise TimeoutError
+        self._socket.settimeout(remaining_s)
 
     def close(self) -> None:
         """Close the connection, whatever is under way on it."""
@@ -280,7 +299,7 @@ class HttpTransport:
             exchange.send("POST", post.path, post.headers, post.body)
             return exchange.status, exchange.headers, b"".join(exchange.pieces())
         except (OSError, http.client.HTTPException) as error:
-            raise self._to_client_error(error, request) from None
+            raise _to_client_error(error, self._connection, request, was_connected=exchange.was_connected) from None
         finally:
             exchange.close()
 
@@ -302,16 +321,9 @@ class HttpTransport:
             for piece in exchange.pieces():
                 yield from decoder.decode_outputs(piece)
         except (OSError, http.client.HTTPException) as error:
-            raise self._to_client_error(error, request) from None
+            raise _to_client_error(error, self._connection, request, was_connected=exchange.was_connected) from None
         finally:
             exchange.close()
-
-    def _to_client_error(
-        self, error: OSError | http.client.HTTPException, request: WireRequest
-    ) -> DiffusionClientError:
-        if isinstance(error, TimeoutError) and request.timeout_s is not None:
-            return _timed_out(request)
-        return self._connection.unreachable(error, request.request_id)
 
     def is_ready(self, model: str, timeout_s: float) -> bool:
         """Whether the server and the model are ready. Raises ServerUnavailableError if the server does not say."""
@@ -380,13 +392,12 @@ class AsyncHttpTransport:
             self._base_url + post.path,
             data=post.body,
             headers=post.headers,
-            timeout=aiohttp.ClientTimeout(total=request.timeout_s),
+            timeout=aiohttp.ClientTimeout(total=request.timeout_s, sock_connect=CONNECTION_TIMEOUT_S),
         )
 
     def _to_client_error(self, error: Exception, request: WireRequest) -> DiffusionClientError:
-        if isinstance(error, TimeoutError) and request.timeout_s is not None:
-            return _timed_out(request)
-        return self._connection.unreachable(error, request.request_id)
+        was_connected = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+        return _to_client_error(error, self._connection, request, was_connected=was_connected)
 
     async def is_ready(self, model: str, timeout_s: float) -> bool:
         """Whether the server and the model are ready. Raises ServerUnavailableError if the server does not say."""

@@ -3,6 +3,7 @@
 Every request is one that can be sent again: its seed is fixed before it is first sent, so the picture is the same. It
 is sent again after a ServerUnavailableError and no other: see `errors` for the answers that are one. These are the
 server starting, restarting, draining or full, its process of a model dead, and the connection refused, reset or closed.
+A client that has never been connected may be one with a wrong address: `connect_timeout_s` lets it end sooner.
 
 The pauses grow from half a second to ten, or last as long as the server says that it needs, and each is made shorter or
 longer by chance, so that many clients that a full server sent away do not come back together.
@@ -63,18 +64,23 @@ class RetryPolicy:
     """0: the first error is the last."""
     retry_timeout_s: float = DEFAULT_RETRY_TIMEOUT_S
     """Seconds that the pauses between the attempts of one request may last together."""
+    connect_timeout_s: float | None = None
+    """Seconds since the first attempt after which a client that has never been connected gives up; None: as if it had
+    been.
+    """
 
     def __post_init__(self) -> None:
-        if self.retries < 0 or not self.retry_timeout_s >= 0:
-            raise ValueError(
-                f"retries={self.retries}, retry_timeout_s={self.retry_timeout_s}: below 0; give 0 for no second attempt"
-            )
+        limits = {name: getattr(self, name) for name in ("retries", "retry_timeout_s", "connect_timeout_s")}
+        if not all(limit is None or limit >= 0 for limit in limits.values()):
+            given = ", ".join(f"{name}={limit}" for name, limit in limits.items())
+            raise ValueError(f"{given}: below 0; give 0 for no second attempt")
 
 
 class Attempts:
     """One request, over all its attempts.
 
     stopped: raised by whoever cancels the request or closes the client: there is no further attempt then.
+    connected: whether the client has ever been connected to its server; raised here when it was.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class Attempts:
         request: WireRequest,
         policy: RetryPolicy,
         stopped: Flag,
+        connected: Flag,
         *,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
@@ -89,6 +96,7 @@ class Attempts:
         self._request = request
         self._policy = policy
         self._clock, self._draw = clock, draw
+        self._connected = connected
         self._started_s: float | None = None
         self._paused_s = 0.0
         self._last_error: ServerUnavailableError | None = None
@@ -114,7 +122,7 @@ class Attempts:
         if self._started_s is None:
             self._started_s = self._clock()
             return self._request
-        spent_s = self._clock() - self._started_s
+        spent_s = self._spent_s()
         request = self._request
         if request.timeout_s is not None:
             if spent_s >= request.timeout_s:
@@ -134,10 +142,19 @@ class Attempts:
         if not isinstance(error, ServerUnavailableError) or _HOPELESS.search(error.message):
             raise self._told(error)
         self._last_error = error
+        if error.was_connected:
+            self._connected.set()
         if self.stopped.is_set():
             raise self._told(RequestCancelledError(f"cancelled, and not sent again after: {error}"))
+        if self.num_failed > self._policy.retries:
+            raise self._told(error)
         left_s = self._policy.retry_timeout_s - self._paused_s
-        if self.num_failed > self._policy.retries or left_s <= 0:
+        if (connect_s := self._policy.connect_timeout_s) is not None and not self._connected.is_set():
+            if self._spent_s() >= connect_s:
+                message = f"{error}; or allow a server that is starting more than connect_timeout_s={connect_s:g}"
+                raise self._told(ServerUnavailableError(message, was_connected=False))
+            left_s = min(left_s, connect_s - self._spent_s())
+        if left_s <= 0:
             raise self._told(error)
         pause_s = min(self._next_pause_s(error), left_s)
         if self._ends_within(pause_s):
@@ -162,9 +179,11 @@ class Attempts:
 
     def _ends_within(self, pause_s: float) -> bool:
         """Whether `timeout_s` is over before the next attempt: then it is better to say now what is wrong."""
-        if self._request.timeout_s is None or self._started_s is None:
-            return False
-        return self._clock() - self._started_s + pause_s >= self._request.timeout_s
+        return self._request.timeout_s is not None and self._spent_s() + pause_s >= self._request.timeout_s
+
+    def _spent_s(self) -> float:
+        """Since the first attempt."""
+        return 0.0 if self._started_s is None else self._clock() - self._started_s
 
     def _deadline_after(self, spent_s: float) -> float:
         given_s = float(self._request.values["deadline_s"])

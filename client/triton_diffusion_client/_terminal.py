@@ -69,7 +69,7 @@ def client_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def retry_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a client whose requests may be sent again."""
-    return {"retries": args.retries, "retry_timeout_s": args.retry_timeout_s}
+    return {name: getattr(args, name) for name in ("retries", "retry_timeout_s", "connect_timeout_s")}
 
 
 class _WarningLines(logging.Handler):

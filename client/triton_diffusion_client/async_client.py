@@ -137,7 +137,7 @@ class AsyncDiffusionClient(BaseClient):
 
     async def _ask_ready(self, timeout_s: float) -> bool:
         self._require_open()
-        return await self._open_transport().is_ready(self._model, timeout_s)
+        return self._note_ready(await self._open_transport().is_ready(self._model, timeout_s))
 
     def _open_transport(self) -> AsyncGrpcTransport | AsyncHttpTransport:
         """The transport, made at the first use: it belongs to the event loop that runs then."""

@@ -13,6 +13,8 @@ from triton_diffusion_client._model_names import DEFAULT_NAME
 from triton_diffusion_client._protocol import DeadlineAction, OutputFormat
 from triton_diffusion_client._retries import DEFAULT_RETRIES, DEFAULT_RETRY_TIMEOUT_S
 
+# Whoever mistyped an address should not have to wait for a server that never was.
+_CONNECT_TIMEOUT_S = 5.0
 _SERVER_COMMANDS = {
     "serve": "serve a checkpoint with Triton",
     "build-repository": "write a Triton model repository for a checkpoint, without serving it",
@@ -282,6 +284,14 @@ def _add_retry_arguments(server: argparse._ActionsContainer) -> None:
         default=DEFAULT_RETRY_TIMEOUT_S,
         metavar="S",
         help="seconds of waiting between the attempts of a request in all (default: %(default)g)",
+    )
+    server.add_argument(
+        "--connect-timeout-s",
+        type=float,
+        default=_CONNECT_TIMEOUT_S,
+        metavar="S",
+        help="seconds after which a command gives up that has never been connected to a server; give more for one that "
+        "is starting (default: %(default)g)",
     )
 
 

@@ -58,6 +58,9 @@ class DiffusionClient(BaseClient):
         all; 0: not once. It keeps its seed, so it draws the same picture, and its `timeout_s` and `deadline_s` count
         from the first attempt. The logger "triton_diffusion_client" warns of each. Nothing else that fails is sent
         again, and neither are `cancel` and `health`.
+    connect_timeout_s: seconds after which a request is given up while this client has never been connected to a
+        server: a wrong address is then known sooner. None: not sooner, for programs that may start before their
+        server. The command line has 5.
     headers: sent with every request (gRPC: as metadata), for an authorization for example.
     ssl, root_certificates, private_key, certificate_chain: as in tritonclient; the last three name PEM files.
     """
@@ -164,7 +167,7 @@ class DiffusionClient(BaseClient):
 
     def _ask_ready(self, timeout_s: float) -> bool:
         self._require_open()
-        return self._transport.is_ready(self._model, timeout_s)
+        return self._note_ready(self._transport.is_ready(self._model, timeout_s))
 
     def close(self) -> None:
         """End what is under way and close the connection."""

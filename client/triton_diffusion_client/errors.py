@@ -63,6 +63,13 @@ class RequestCancelledError(DiffusionClientError):
 class ServerUnavailableError(DiffusionClientError):
     """The server cannot be reached, is still loading, is going away, or has too much to do."""
 
+    def __init__(
+        self, message: str, *, status: str | None = None, request_id: str | None = None, was_connected: bool = True
+    ) -> None:
+        super().__init__(message, status=status, request_id=request_id)
+        self.was_connected = was_connected
+        """False: there was no connection to begin with: nothing listens there, or nothing that speaks the protocol."""
+
 
 class ServerError(DiffusionClientError):
     """The server failed while it worked on the request."""

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from urllib.parse import quote
 
+from triton_diffusion._passed_on import read_options, restricted_apis
+
 KEY_HEADER = "triton-diffusion-admin-key"
 """Header that carries the key over HTTP; over gRPC Triton wants "triton-grpc-protocol-" before it."""
 KEY_VARIABLE = "TRITON_DIFFUSION_ADMIN_KEY"
@@ -16,17 +18,36 @@ RESTRICTED_APIS = ("model-repository", "shared-memory", "logging", "trace")
 
 
 def restriction_arguments(key: str, others: Sequence[str]) -> list[str]:
-    """The arguments of tritonserver that close the APIs, unless `others` say themselves what is closed."""
-    setting = f"{','.join(RESTRICTED_APIS)}:{KEY_HEADER}={key}"
-    flags = ("--http-restricted-api", "--grpc-restricted-protocol")
-    return [f"{flag}={setting}" for flag in flags if not any(argument.startswith(flag) for argument in others)]
+    """The arguments of tritonserver that close the APIs, but for those that `others` close themselves."""
+    arguments = []
+    for flag in ("--http-restricted-api", "--grpc-restricted-protocol"):
+        # Triton refuses an API that is named twice.
+        taken = restricted_apis(others, flag)
+        if apis := [api for api in RESTRICTED_APIS if api not in taken]:
+            arguments.append(f"{flag}={','.join(apis)}:{KEY_HEADER}={key}")
+    return arguments
 
 
 def control_arguments(others: Sequence[str]) -> list[str]:
-    """The arguments of tritonserver that let models be loaded anew, unless `others` choose another way."""
-    if any(argument.startswith(("--model-control-mode", "--load-model")) for argument in others):
+    """The arguments of tritonserver that let models be loaded anew, unless `others` choose another way.
+
+    All models are loaded at the start, unless `others` name those to load, or control it all.
+    """
+    given = {name for name, _ in read_options(others)}
+    if "--model-control-mode" in given:
         return []
-    return ["--model-control-mode=explicit", "--load-model=*"]
+    return ["--model-control-mode=explicit", *([] if "--load-model" in given else ["--load-model=*"])]
+
+
+def hides_processes(mounts: str) -> bool:
+    """Whether /proc keeps the arguments of a process from other users, by the lines of /proc/self/mounts.
+
+    Triton takes the key nowhere else than in its arguments.
+    """
+    mounted = [line.split()[3].split(",") for line in mounts.splitlines() if line.split()[1:3] == ["/proc", "proc"]]
+    # The last one lies over the others.
+    options = mounted[-1] if mounted else []
+    return any(option.startswith("hidepid=") and option not in ("hidepid=0", "hidepid=off") for option in options)
 
 
 class AdminError(Exception):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import get_args
 
 from triton_diffusion import repository
-from triton_diffusion._admin import KEY_HEADER, KEY_VARIABLE, RESTRICTED_APIS
+from triton_diffusion._admin import KEY_HEADER, KEY_VARIABLE, RESTRICTED_APIS, hides_processes
+from triton_diffusion._passed_on import check_passed_on
 from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, PolicyName, StageConfig, VaeTiling
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families.registry import check_checkpoint, check_parallel, find_family
@@ -88,7 +89,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "tritonserver_arguments",
         nargs="*",
         metavar="-- ARGUMENT",
-        help="anything else for tritonserver, after --",
+        help="anything else for tritonserver, after --, but for what serve sets itself; of --http-restricted-api and "
+        "--grpc-restricted-protocol, what they do not name stays as --admin-key says",
     )
 
 
@@ -268,6 +270,7 @@ def _absolute_if_folder(model_path: str) -> str:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    check_passed_on(args.tritonserver_arguments, has_response_cache=args.response_cache is not None)
     settings = _settings(args)
     if args.model_repository is None:
         with tempfile.TemporaryDirectory(prefix="triton-diffusion-models-") as folder:
@@ -342,7 +345,12 @@ def _who_can_reach(args: argparse.Namespace) -> str:
         reach = f"listens on {args.host}: whoever can reach it there can send requests, without authentication"
     how = "with the admin key" if args.admin_key else f"to everybody; --admin-key or ${KEY_VARIABLE} sets a key"
     state = "open" if args.admin_key else "closed"
-    return f"  {reach}\n  {', '.join(RESTRICTED_APIS)} are {state} {how}"
+    lines = [reach, f"{', '.join(RESTRICTED_APIS)} are {state} {how}"]
+    if not hides_processes(Path("/proc/self/mounts").read_text(encoding="utf-8")):
+        lines.append(
+            "other users of this machine can read that key in tritonserver's arguments, unless /proc has hidepid=2"
+        )
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def _exit_status(server: TritonServer, exit_code: int | None) -> int:

@@ -126,19 +126,24 @@ class RpcFailure(grpc.RpcError):
 
 
 @pytest.mark.parametrize(
-    ("message", "is_connection"),
+    ("message", "is_connection", "was_connected"),
     [
-        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Connection refused", True),
-        ("Stream removed (Socket closed)", True),
-        ("DNS resolution failed for nowhere:8001: C-ares status is not ARES_SUCCESS", True),
-        ("64 requests run already (parameter max_concurrent_requests); try again later", False),
-        ("denoising is being unloaded; try again", False),
+        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Connection refused", True, False),
+        ("failed to connect to all addresses; last error: UNAVAILABLE: 127.0.0.1:1: Socket closed", True, False),
+        ("Stream removed (Socket closed)", True, True),
+        ("DNS resolution failed for nowhere:8001: C-ares status is not ARES_SUCCESS", True, False),
+        ("errors resolving nowhere:8001: [field:hostname lookup error:Domain name not found]", True, False),
+        ("64 requests run already (parameter max_concurrent_requests); try again later", False, True),
+        ("denoising is being unloaded; try again", False, True),
     ],
 )
-def test_a_connection_that_fails_is_told_from_a_server_that_refuses(message: str, is_connection: bool) -> None:
+def test_a_connection_that_fails_is_told_from_a_server_that_refuses(
+    message: str, is_connection: bool, was_connected: bool
+) -> None:
     connection = Connection(protocol="grpc", address="gpu:8001")
     made = _grpc.to_client_error(RpcFailure(message), connection)
     assert type(made) is ServerUnavailableError
+    assert made.was_connected == was_connected
     assert message in str(made)
     assert ("gpu:8001" in str(made)) == is_connection
     assert (str(made) == message) == (not is_connection)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,9 +31,12 @@ from triton_diffusion_client import (
     ResourceExhaustedError,
     ServerError,
     ServerUnavailableError,
+    _grpc,
+    _http,
     _retries,
     cli,
 )
+from triton_diffusion_client._connection import open_connection
 from triton_diffusion_client._protocol import build_request
 from triton_diffusion_client._retries import Attempts, RetryPolicy
 
@@ -57,12 +62,27 @@ class Clock:
         return self.now_s
 
 
-def attempts_of(clock: Clock, *, retries: int = 20, retry_timeout_s: float = 120.0, **options: Any) -> Attempts:
+def attempts_of(
+    clock: Clock,
+    *,
+    retries: int = 20,
+    retry_timeout_s: float = 120.0,
+    connect_timeout_s: float | None = None,
+    connected: threading.Event | None = None,
+    **options: Any,
+) -> Attempts:
     request = build_request(
         "diffusion", "x", options, allowed=GenerationOptions, cancel_scope="", default_timeout_s=None
     )
-    policy = RetryPolicy(retries=retries, retry_timeout_s=retry_timeout_s)
-    return Attempts(request, policy, threading.Event(), clock=clock, draw=lambda: 0.5)
+    policy = RetryPolicy(retries=retries, retry_timeout_s=retry_timeout_s, connect_timeout_s=connect_timeout_s)
+    connected = connected or threading.Event()
+    return Attempts(request, policy, threading.Event(), connected, clock=clock, draw=lambda: 0.5)
+
+
+def refused() -> ServerUnavailableError:
+    """What a client raises where nothing listens."""
+    connection = open_connection(url="127.0.0.1:1", protocol="grpc", headers=None, ssl=False)
+    return connection.unreachable("connection refused", was_connected=False)
 
 
 @pytest.mark.usefixtures("quick")
@@ -133,12 +153,14 @@ def test_what_would_fail_again_is_sent_once(
 
 @pytest.mark.usefixtures("quick")
 def test_a_server_that_comes_back_is_found(caller: Caller, triton: TritonDouble) -> None:
-    """It dies while two requests run, refuses connections for a while, and another listens at its address."""
+    """It dies while two requests run, refuses connections for longer than a server that never was there may, and
+    another listens at its address.
+    """
     ports = [int(url.rpartition(":")[2]) for url in (triton.grpc_url, triton.http_url)]
     returned: list[TritonDouble] = []
     with ThreadPoolExecutor(2) as threads:
         asked = [
-            threads.submit(call, "slow", client={"retries": 20}, num_inference_steps=20)
+            threads.submit(call, "slow", client={"retries": 20, "connect_timeout_s": 0.1}, num_inference_steps=20)
             for call in (caller.generate, caller.stream)
         ]
         wait_until(lambda: len(triton.received) == 2)
@@ -294,8 +316,120 @@ def test_a_certificate_that_is_not_trusted_is_not_tried_again() -> None:
         attempts.pause_after(ServerUnavailableError("cannot reach a server: [SSL: CERTIFICATE_VERIFY_FAILED]"))
 
 
-@pytest.mark.parametrize("limits", [{"retries": -1}, {"retry_timeout_s": -1}, {"retry_timeout_s": float("nan")}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"retries": -1}, {"retry_timeout_s": -1}, {"retry_timeout_s": float("nan")}, {"connect_timeout_s": -1}],
+)
 def test_limits_below_nothing_are_refused(limits: Any) -> None:
     for client in (DiffusionClient, AsyncDiffusionClient):
         with pytest.raises(ValueError, match="below 0"):
             client(**limits)
+
+
+def test_a_server_that_was_never_there_is_given_up_after_the_connect_timeout() -> None:
+    clock = Clock()
+    attempts = attempts_of(clock, connect_timeout_s=5)
+    pauses = []
+    for _ in range(4):
+        attempts.next_request()
+        pauses.append(attempts.pause_after(refused()))
+        clock.now_s += pauses[-1]
+    assert pauses == [0.5, 1, 2, 1.5]
+    attempts.next_request()
+    with pytest.raises(
+        ServerUnavailableError, match=r"at 127\.0\.0\.1:1 .*'triton-diffusion serve'.*_timeout_s=5$"
+    ) as caught:
+        attempts.pause_after(refused())
+    assert (caught.value.attempts, caught.value.request_id) == (5, attempts.request_id)
+
+
+@pytest.mark.parametrize("first", [ServerUnavailableError("is full"), ServerUnavailableError("socket closed")])
+def test_a_server_that_was_there_is_waited_for_beyond_the_connect_timeout(first: ServerUnavailableError) -> None:
+    """By all requests of the client: also by one whose first attempt finds it gone."""
+    clock, connected = Clock(), threading.Event()
+    attempts = attempts_of(clock, connect_timeout_s=5, connected=connected)
+    attempts.next_request()
+    attempts.pause_after(first)
+    for each in (attempts, attempts_of(clock, connect_timeout_s=5, connected=connected)):
+        each.next_request()
+        clock.now_s += 10
+        assert each.pause_after(refused()) > 0
+
+
+def test_a_client_without_a_connect_timeout_waits_for_a_server_that_was_never_there() -> None:
+    clock = Clock()
+    attempts = attempts_of(clock)
+    attempts.next_request()
+    clock.now_s += 100
+    assert attempts.pause_after(refused()) > 0
+
+
+@pytest.mark.parametrize("ask", ["generate", "is_ready"])
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_what_a_server_answers_shows_that_it_is_there(triton: TritonDouble, protocol: Any, ask: str) -> None:
+    url = triton.grpc_url if protocol == "grpc" else triton.http_url
+
+    async def run() -> bool:
+        async with AsyncDiffusionClient(url, protocol) as client:
+            await (client.generate("x") if ask == "generate" else client.is_ready())
+            return client._was_connected.is_set()
+
+    with DiffusionClient(url, protocol) as client:
+        assert not client._was_connected.is_set()
+        assert client.generate("x") if ask == "generate" else client.is_ready()
+        assert client._was_connected.is_set()
+    assert asyncio.run(run())
+
+
+@pytest.fixture(params=["nothing listens", "another protocol", "no answer to a connection"])
+def wrong_address(
+    request: pytest.FixtureRequest, caller: Caller, triton: TritonDouble, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """An address at which no server of the caller's protocol is."""
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=0) as other,
+        socket.socket() as first,
+        socket.socket() as second,
+    ):
+        port = other.getsockname()[1]
+        match request.param:
+            case "nothing listens":
+                other.close()
+            case "another protocol":
+                port = int((triton.http_url if caller.protocol == "grpc" else triton.grpc_url).rpartition(":")[2])
+            case _:
+                # The queue of those whom nobody accepts is full: the system drops what else comes.
+                first.connect(other.getsockname())
+                second.setblocking(False)
+                second.connect_ex(other.getsockname())
+                for transport in (_grpc, _http):
+                    monkeypatch.setattr(transport, "CONNECTION_TIMEOUT_S", 0.2)
+                options = [(name, 200 if "min_reconnect" in name else value) for name, value in _grpc._CHANNEL_OPTIONS]
+                monkeypatch.setattr(_grpc, "_CHANNEL_OPTIONS", options)
+        yield f"127.0.0.1:{port}"
+
+
+def test_a_wrong_address_is_known_after_the_connect_timeout(caller: Caller, wrong_address: str) -> None:
+    caller.url = wrong_address
+    limits = {"retries": 20, "connect_timeout_s": 0.3}
+    started_s = time.monotonic()
+    for call in (caller.generate, caller.stream):
+        with pytest.raises(ServerUnavailableError, match=r"connect_timeout_s=0\.3$") as caught:
+            call("x", client=limits)
+        assert not caught.value.was_connected
+        assert caught.value.attempts >= 2
+        assert f"cannot reach a server at {wrong_address}" in str(caught.value)
+    assert time.monotonic() - started_s < 20
+
+
+def test_the_command_line_gives_up_an_address_without_a_server_after_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_CONNECT_TIMEOUT_S", 0.3)
+    for arguments in (["families"], ["generate", "--prompt", "x"]):
+        assert cli.main([*arguments, "--url", "127.0.0.1:1"]) == 1
+        *warnings, error = capsys.readouterr().err.splitlines()
+        assert warnings[0].startswith("warning: request ")
+        assert error.startswith("error: cannot reach a server at 127.0.0.1:1 (")
+        assert "start one with 'triton-diffusion serve'" in error
+        assert f"connect_timeout_s=0.3 (given up after {len(warnings) + 1} attempts)" in error

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from triton_diffusion import commands
+from triton_diffusion._admin import hides_processes
 from triton_diffusion.config import ChainConfig, StageConfig
 from triton_diffusion.loading.checkpoint import DEMO_CHECKPOINT
 
@@ -154,6 +155,74 @@ def test_what_follows_two_dashes_goes_to_tritonserver(starts) -> None:
         "--log-verbose=3",
         "--trace-config=level=OFF",
     ]
+
+
+@pytest.mark.parametrize(
+    ("passed_on", "message"),
+    [
+        (
+            ["--http-port=9000"],
+            "--http-port=9000 cannot be passed on to tritonserver: serve sets it itself, so give",
+        ),
+        (["--http-port", "9000"], "--http-port=9000 cannot be passed on"),
+        (["--http-p=9000"], "--http-p=9000 cannot be passed on"),
+        (["--log-verbose=1", "--grpc-port=9000"], "give --grpc-port before the --"),
+        (["--metrics-address=0.0.0.0"], "give --host"),
+        (["--model-store=/models"], "give --model-repository before the --"),
+        (["--id=mine"], "an id of its own; leave it out"),
+        (["--log-file=/tmp/log"], "give --log-file before the --"),
+        (["--exit-timeout-secs=1"], "give --exit-timeout-s"),
+        (["--model-control-mode=none"], "only in mode explicit; leave it out"),
+        (["--model-control-mode", "poll"], "--model-control-mode=poll cannot be passed on"),
+        (["--allow-http=False"], "serve asks over HTTP whether the server is ready"),
+        (["--http-restricted-api=trace,health:key=x"], "serve itself uses health over HTTP"),
+        (["--http-restricted-api", "model-repository:key=x"], "that of --admin-key, which closes model-repository"),
+        (["--backend-config=python,shm-region-prefix-name=x"], "the shared memory to clean up"),
+        (["--backend-config=python,thread-pool-size=4"], "give --max-concurrent-requests"),
+    ],
+)
+def test_what_serve_sets_or_needs_itself_cannot_be_passed_on(starts, capsys, passed_on, message) -> None:
+    assert serve("--", *passed_on) == 2
+    assert message in capsys.readouterr().err
+    assert not starts
+
+
+def test_there_is_one_response_cache(starts, capsys) -> None:
+    assert serve("--response-cache", "64MB", "--", "--cache-config=local,size=1000000") == 2
+    assert "give it the size by --response-cache" in capsys.readouterr().err
+    assert not starts
+    serve("--", "--cache-config=local,size=1000000")
+    assert "--cache-config=local,size=1000000" in starts[0]["extra_arguments"]
+
+
+@pytest.mark.parametrize(
+    "passed_on",
+    [
+        ["--model-control-mode=explicit"],
+        ["--model-control-mode", "explicit", "--load-model", "diffusion"],
+        ["--http-restricted-api=inference,statistics:key=x", "--grpc-restricted-protocol=health:key=x"],
+        ["--backend-config=python,grpc-timeout-milliseconds=2000"],
+        ["--allow-grpc=false", "--allow-metrics=false", "--exit-on-error=false"],
+    ],
+)
+def test_what_serve_can_live_with_is_passed_on(starts, passed_on) -> None:
+    serve("--", *passed_on)
+    assert starts[0]["extra_arguments"][-len(passed_on) :] == passed_on
+
+
+@pytest.mark.parametrize(
+    ("mounts", "hidden"),
+    [
+        ("proc /proc proc rw,relatime 0 0", False),
+        ("proc /proc proc rw,hidepid=off 0 0", False),
+        ("proc /proc proc rw,nosuid,hidepid=invisible,gid=4 0 0", True),
+        ("proc /proc proc rw,hidepid=2 0 0\nsysfs /sys sysfs rw 0 0", True),
+        ("proc /proc proc rw 0 0\nproc /proc proc rw,hidepid=noaccess 0 0", True),
+        ("proc /chroot/proc proc rw,hidepid=2 0 0", False),
+    ],
+)
+def test_whether_other_users_can_read_the_key_is_known_from_the_mount_of_proc(mounts, hidden) -> None:
+    assert hides_processes(mounts) is hidden
 
 
 def test_it_listens_on_loopback_and_tritons_ports_unless_told_otherwise(starts) -> None:

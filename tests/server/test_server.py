@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import http.server
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http
+from tests.server.conftest import CONFIG
 from tritonclient.utils import InferenceServerException
 
 from triton_diffusion import server as server_module
@@ -89,6 +91,47 @@ def test_a_model_that_fails_to_load_is_named_with_its_reason(tmp_path, write_mod
     ):
         server.wait_until_ready(timeout_s=60)
     assert leftovers(server.pid, os.getpid()) == []
+
+
+def test_models_named_by_the_operator_are_loaded_alone_and_can_be_loaded_anew(tmp_path, write_model) -> None:
+    folder = write_model("raise RuntimeError('not to be loaded')")
+    (folder / "identity").rename(folder / "other")
+    (folder / "other" / "config.pbtxt").write_text(CONFIG.replace("identity", "other"))
+    write_model()
+    with TritonServer(folder, log_file=tmp_path / "log", extra_arguments=[*FAST, "--load-model", "identity"]) as server:
+        server.wait_until_ready(timeout_s=60)
+        server.admin().unload("identity")
+        server.admin().load("identity", timeout_s=60)
+        assert server.admin().state("identity") == "READY"
+        assert infer(server.http_address, b"abc") == b"abc"
+
+
+def test_apis_that_the_operator_closes_do_not_open_those_that_serve_closes(tmp_path, write_model) -> None:
+    closed = ["--http-restricted-api", "statistics,trace:mine=x", "--grpc-restricted-protocol=model-repository:mine=x"]
+    asked = {
+        "/v2/models/stats": "GET",
+        "/v2/trace/setting": "GET",
+        "/v2/logging": "GET",
+        "/v2/repository/index": "POST",
+    }
+    with TritonServer(
+        write_model(), log_file=tmp_path / "log", admin_key="sesame", extra_arguments=[*FAST, *closed]
+    ) as server:
+        server.wait_until_ready(timeout_s=60)
+
+        def opened_by(headers: dict[str, str]) -> set[str]:
+            return {path for path, method in asked.items() if status_of(server, method, path, headers) == 200}
+
+        assert opened_by({}) == set()
+        assert opened_by({"mine": "x"}) == {"/v2/models/stats", "/v2/trace/setting"}
+        assert opened_by({"triton-diffusion-admin-key": "sesame"}) == {"/v2/logging", "/v2/repository/index"}
+
+
+def status_of(server: TritonServer, method: str, path: str, headers: dict[str, str]) -> int:
+    connection = http.client.HTTPConnection(server.http_address)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers=headers)
+        return connection.getresponse().status
 
 
 def test_a_wrong_argument_is_reported_without_the_help_that_the_server_prints(tmp_path, write_model) -> None:
