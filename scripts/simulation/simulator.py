@@ -98,15 +98,17 @@ def simulate(
 ) -> Result:
     """Run all requests of a workload to their end.
 
-    `on_progress` is told how many more requests have arrived; `make_scheduler` gives another scheduler than that of the
+    `on_progress` is told how many more requests have ended; `make_scheduler` gives another scheduler than that of the
     settings, to try out a policy.
 
     Raises:
         AssertionError: the scheduler lost a request, ended one twice or ran a step too many or too few.
     """
-    simulation = _Simulation(workload, table, settings, make_scheduler or _make_scheduler)
+    simulation = _Simulation(
+        workload, table, settings, make_scheduler or _make_scheduler, on_progress or (lambda _: None)
+    )
     started = time.perf_counter()
-    simulation.run(on_progress or (lambda _: None))
+    simulation.run()
     return simulation.result(time.perf_counter() - started)
 
 
@@ -133,6 +135,7 @@ class _Simulation:
         table: CostTable,
         settings: Settings,
         make_scheduler: MakeScheduler,
+        on_progress: Callable[[int], object],
     ) -> None:
         self._workload = workload
         self._table = table
@@ -152,13 +155,15 @@ class _Simulation:
         self._end_s = array("d", bytes(8 * workload.num_requests))
         self._durations_s: dict[int, float] = {}
         """Of the ticks that are out."""
+        self._on_progress = on_progress
+        self._num_ended = 0
         self._steps: dict[str, int] = {}
         """Steps that were run of the requests that are here."""
         self._chunks: list[Chunk] = []
         self._busy_s = 0.0
         self._num_ticks = self._batch_rows = self._steps_run = self._steps_wasted = 0
 
-    def run(self, on_progress: Callable[[int], object]) -> None:
+    def run(self) -> None:
         """Until all requests have arrived and ended."""
         number = 0
         for chunk in self._workload.chunks(self._table):
@@ -172,10 +177,8 @@ class _Simulation:
                 work = self._work(number, kind, steps, guided, priority, lone_s)
                 self._arrive(number, work, cancel_s)
                 number += 1
-                if number % _PROGRESS_EVERY == 0:
-                    on_progress(_PROGRESS_EVERY)
         self._run_until(float("inf"))
-        on_progress(number % _PROGRESS_EVERY)
+        self._on_progress(self._num_ended % _PROGRESS_EVERY)
 
     def _work(self, number: int, kind: int, steps: int, guided: bool, priority: int, lone_s: float) -> Work:
         of_kind = self._workload.kinds[kind]
@@ -284,6 +287,9 @@ class _Simulation:
             raise AssertionError(f"request {number} ended twice: {Ended(self._ended[number]).name}, {how.name}")
         self._ended[number] = how
         self._end_s[number] = self._now_s
+        self._num_ended += 1
+        if self._num_ended % _PROGRESS_EVERY == 0:
+            self._on_progress(_PROGRESS_EVERY)
 
     def result(self, wall_s: float) -> Result:
         """All that was counted; checks that it adds up."""

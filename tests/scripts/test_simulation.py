@@ -122,6 +122,34 @@ def test_an_overload_is_refused_and_counts_as_missed() -> None:
     assert everyone.slo_percent <= 100 * (1 - everyone.refused / 400)
 
 
+def test_progress_is_told_of_requests_that_have_ended_not_of_those_that_have_come() -> None:
+    schedulers: list[Scheduler] = []
+
+    def make(settings: Settings, table: CostTable, clock: Any) -> Scheduler:
+        schedulers.append(
+            Scheduler(num_replicas=1, max_queue_size=3000, max_batch_tokens=1, clock=clock, step_batching=False)
+        )
+        return schedulers[0]
+
+    told: list[tuple[int, int]] = []
+    simulate(
+        make_workload(load=50.0, num_requests=2500),
+        TABLE,
+        Settings(policy="reference"),
+        on_progress=lambda number: told.append((number, len(schedulers[0]))),
+        make_scheduler=make,
+    )
+    assert told == [(1000, 1500), (1000, 500), (500, 0)]
+
+
+def test_a_thousand_replicas_share_the_requests() -> None:
+    workload = make_workload(load=0.3, replicas=1000, num_requests=1200)
+    result = simulate(workload, TABLE, Settings(policy="fair", num_replicas=1000))
+    assert (result.ended == Ended.DONE).all()
+    # There is a free one for each.
+    np.testing.assert_allclose(result.latency_s, result.lone_s, rtol=0.3)
+
+
 # Policies.
 
 

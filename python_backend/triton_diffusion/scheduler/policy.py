@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Protocol
 
 from triton_diffusion.config import PolicyName
@@ -19,6 +20,12 @@ _MUCH_SHORTER = 5.0
 _HIGHEST_WEIGHT = 16.0
 # Under "drr" a lane earns at most so many times what another earns, however many more requests it has.
 _HIGHEST_RATIO = 16.0
+
+_Rank = tuple[int, bool, float]
+"""Smaller goes first."""
+_Ranked = list[tuple[_Rank, Entry]]
+"""Requests of one lane that wait, in the order in which they came."""
+_RANK = itemgetter(0)
 
 
 @dataclass
@@ -85,39 +92,38 @@ class FairPolicy:
         waiting = _waiting(lanes)
         if not waiting:
             return None
-        if len(waiting) == 1:
-            return self._fill_in_order(next(iter(waiting.values())), now_s, max_batch_tokens)
-        heads = {key: min(entries, key=lambda e: self._rank(e, now_s)) for key, entries in waiting.items()}
-        first = min(heads, key=lambda key: self._rank(heads[key], now_s))
-        batch = self._fill_in_order(waiting[first], now_s, max_batch_tokens)
-        if now_s <= self._due_s(heads[first], now_s):
+        if len(waiting) == 1 and _fit_together(entries := next(iter(waiting.values())), max_batch_tokens):
+            return _fill(entries, max_batch_tokens)
+        ranked = self._ranked(waiting, now_s)
+        heads = {key: min(entries, key=_RANK) for key, entries in ranked.items()}
+        first = min(heads, key=lambda key: heads[key][0])
+        head = heads[first][1]
+        batch = _fill_in_order(ranked[first], max_batch_tokens)
+        if len(waiting) == 1 or now_s <= self._due_s(head, now_s):
             return batch
-        return self._leave_time(
-            heads[first], batch, waiting, {lane.batch_key: lane.credit for lane in lanes}, now_s, max_batch_tokens
-        )
+        return self._leave_time(head, batch, ranked, {lane.batch_key: lane.credit for lane in lanes}, max_batch_tokens)
 
     def _leave_time(
         self,
         head: Entry,
         batch: Choice,
-        waiting: Mapping[str, list[Entry]],
+        ranked: Mapping[str, _Ranked],
         credit: dict[str, float],
-        now_s: float,
         max_batch_tokens: int,
     ) -> Choice:
         """The batch of an overdue request, or one of much shorter requests that have as much time as it has taken."""
         longest_s = self._cost_model.left_s(head) / _MUCH_SHORTER
         short = [
-            entry
-            for key, entries in waiting.items()
+            (rank, entry)
+            for key, entries in ranked.items()
             if key != head.work.batch_key
-            for entry in entries
+            for rank, entry in entries
             if entry.work.priority >= head.work.priority and self._cost_model.left_s(entry) <= longest_s
         ]
         if not short:
             return batch
-        key = min(short, key=lambda entry: self._rank(entry, now_s)).work.batch_key
-        others = self._fill_in_order(waiting[key], now_s, max_batch_tokens)
+        key = min(short, key=_RANK)[1].work.batch_key
+        others = _fill_in_order(ranked[key], max_batch_tokens)
         others_s = self._cost_model.tick_s(others.tokens, key)
         if credit[head.work.batch_key] >= others_s:
             credit[head.work.batch_key] -= others_s
@@ -125,18 +131,15 @@ class FairPolicy:
         credit[head.work.batch_key] += self._cost_model.tick_s(batch.tokens, head.work.batch_key)
         return Choice(batch.rows, batch.tokens, credit)
 
-    def _fill_in_order(self, entries: list[Entry], now_s: float, max_batch_tokens: int) -> Choice:
-        all_fit = sum(entry.work.tokens * entry.work.num_rows for entry in entries) <= max_batch_tokens
-        if not all_fit or any(entry.alone for entry in entries):
-            entries = sorted(entries, key=lambda entry: self._rank(entry, now_s))
-        return _fill(entries, max_batch_tokens)
+    def _ranked(self, waiting: Mapping[str, list[Entry]], now_s: float) -> dict[str, _Ranked]:
+        return {key: [(self._rank(entry, now_s), entry) for entry in entries] for key, entries in waiting.items()}
 
-    def _rank(self, entry: Entry, now_s: float) -> tuple[int, bool, float]:
+    def _rank(self, entry: Entry, now_s: float) -> _Rank:
         """Smaller goes first.
 
         A suspect goes before its equals: it has lost time already, and who else is innocent shows only behind it.
         """
-        due_s = self._due_s(entry, now_s)
+        due_s = entry.due_s if entry.work.deadline_s is None else self._due_s(entry, now_s)
         level = entry.work.priority
         if now_s > due_s:
             level = min(HIGHEST_PRIORITY, level + int((now_s - due_s) / self._ageing_s))
@@ -164,13 +167,14 @@ class DrrPolicy(FairPolicy):
         waiting = _waiting(lanes)
         if not waiting:
             return None
-        top = min(self._rank(entry, now_s)[0] for entries in waiting.values() for entry in entries)
+        ranked = self._ranked(waiting, now_s)
+        top = min(rank[0] for entries in ranked.values() for rank, _ in entries)
         leading = {
             key: first
-            for key, entries in waiting.items()
-            if (first := [entry for entry in entries if self._rank(entry, now_s)[0] == top])
+            for key, entries in ranked.items()
+            if (first := [entry for rank, entry in entries if rank[0] == top])
         }
-        batches = {key: self._fill_in_order(waiting[key], now_s, max_batch_tokens) for key in leading}
+        batches = {key: _fill_in_order(ranked[key], max_batch_tokens) for key in leading}
         if len(leading) == 1:
             return next(iter(batches.values()))
         credit = {lane.batch_key: lane.credit for lane in lanes}
@@ -205,6 +209,20 @@ def _waiting(lanes: Iterable[Lane]) -> dict[str, list[Entry]]:
     return {lane.batch_key: entries for lane in lanes if (entries := lane.waiting())}
 
 
+def _fit_together(entries: Iterable[Entry], max_batch_tokens: int) -> bool:
+    """Whether one batch takes them all, in whatever order."""
+    tokens = 0
+    for entry in entries:
+        tokens += entry.work.tokens * entry.work.num_rows
+        if tokens > max_batch_tokens or entry.alone:
+            return False
+    return True
+
+
+def _fill_in_order(ranked: _Ranked, max_batch_tokens: int) -> Choice:
+    return _fill((entry for _, entry in sorted(ranked, key=_RANK)), max_batch_tokens)
+
+
 def _fill(entries: Iterable[Entry], max_batch_tokens: int) -> Choice:
     """Rows of requests of one lane, as many as fit; the first one always does. A suspect shares with none."""
     chosen: list[tuple[Entry, list[int]]] = []
@@ -212,12 +230,12 @@ def _fill(entries: Iterable[Entry], max_batch_tokens: int) -> Choice:
     for entry in entries:
         if entry.alone and chosen:
             continue
-        rows = entry.waiting_rows()
         fitting = max((max_batch_tokens - tokens) // entry.work.tokens, 0 if chosen else 1)
         if fitting:
-            chosen.append((entry, rows[:fitting]))
-            tokens += entry.work.tokens * len(rows[:fitting])
-        if entry.alone:
+            rows = entry.waiting_rows()[:fitting]
+            chosen.append((entry, rows))
+            tokens += entry.work.tokens * len(rows)
+        if entry.alone or tokens >= max_batch_tokens:
             break
     # In one order at every step: what was put together for the last batch of the same rows can be used again.
     chosen.sort(key=lambda item: (item[0].submitted_s, item[0].work.request_id))
