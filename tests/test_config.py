@@ -30,6 +30,7 @@ def test_every_field_is_read_back_from_its_text(config_class: type[StageConfig] 
         "ulysses_degree": "2",
         "enable_cfg_parallel": "True",
         "take_turns": "False",
+        "spare_ranks": "False",
         "vae_tiling": "on",
         "scheduling_policy": "fifo",
         "warmup_resolutions": "1024x1024,512x768",

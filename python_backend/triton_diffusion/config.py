@@ -125,6 +125,8 @@ class StageConfig:
     checkpoint_steps: int = 5
     """denoising: steps between two copies of a request's latents in the instance, from which it goes on when its worker
     group has died; 0: none, it goes on from its first step."""
+    spare_ranks: bool = True
+    """Keep for each rank a process that has imported torch and diffusers, which takes the place of one that dies."""
     watchdog_factor: float = 10.0
     """A batch may take so many times what such batches take by running mean before its ranks count as stuck, and are
     killed."""

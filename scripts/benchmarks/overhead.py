@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--defaults",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run the pipeline with the libraries' defaults, too; on a busy machine that takes very long (default: yes)",
+        help="run the pipeline with the libraries' defaults, too; very slow on a busy machine (default: yes)",
     )
 
 

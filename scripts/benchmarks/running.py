@@ -73,7 +73,7 @@ def _name(process: psutil.Process, server_pid: int) -> str:
 def rank_arguments(process: psutil.Process) -> tuple[str, int, int] | None:
     """(stage, replica, rank) of a rank process, which its command line tells; None for any other process."""
     arguments = process.cmdline()
-    if "triton_diffusion.runtime.rank" not in arguments:
+    if "triton_diffusion.runtime.rank_main" not in arguments or process.name() == "spare rank":
         return None
     stage, replica, rank = (arguments[arguments.index(flag) + 1] for flag in ("--stage", "--replica", "--rank"))
     return stage, int(replica), int(rank)

@@ -88,6 +88,8 @@ def run_service(stage_model: str, folder: Path, **values: Any) -> Iterator[Calle
         "startup_timeout_s": 120.0,
         # Tests cancel requests of any number of steps.
         "max_queue_cost": 10**12,
+        # They take the cores from the other tests.
+        "spare_ranks": False,
     }
     service = StageService(stage_model, StageConfig(**settings | values))
     service.start()

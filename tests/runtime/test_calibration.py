@@ -130,7 +130,9 @@ def test_another_dtype_number_of_threads_or_layout_is_another_file(flux_checkpoi
 # In a stage that starts.
 
 
-def test_a_stage_measures_at_its_first_start_only(flux_checkpoint: Path, cache: Path) -> None:
+def test_a_stage_measures_at_its_first_start_only(
+    flux_checkpoint: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with run_service("denoising", flux_checkpoint) as caller:
         measured = caller.service.metrics().max_batch_tokens
     (file,) = (cache / "calibration").glob("denoising-*.json")
@@ -143,6 +145,7 @@ def test_a_stage_measures_at_its_first_start_only(flux_checkpoint: Path, cache: 
     with run_service("denoising", flux_checkpoint) as caller:
         assert caller.service.metrics().max_batch_tokens == 555
     assert read_calibration(file) == kept
+    assert f"if there is more memory now, delete {file}" in capfd.readouterr().err
 
 
 def test_what_is_configured_is_not_measured(flux_checkpoint: Path, cache: Path) -> None:

@@ -117,14 +117,27 @@ def test_the_reference_loop_has_none(stages: InProcessStages) -> None:
     assert not stages.executors["denoising"]._copied
 
 
-def test_a_request_with_a_broken_checkpoint_fails_alone(stages: InProcessStages) -> None:
-    request = make_request()
-    stages.admit("denoising", "broken", stages.encode("broken", request), b"no safetensors")
-    admit(stages, "good", request)
-    done = stages.tick("denoising", [("broken", 0), ("good", 0)])
-    assert list(done.failed) == ["broken"]
-    assert done.failed["broken"][0] == "StageError"
-    assert torch.equal(run_to_end(stages, "good", [3]), stages.latents(request))
+def checkpoint_of(stages: InProcessStages, request: GenerationRequest) -> bytes:
+    admit(stages, "other", request)
+    return run_until_checkpoint(stages, "other", request.num_outputs).state
+
+
+@pytest.mark.parametrize("broken", ["no safetensors", "of another size", "of fewer rows"])
+def test_a_request_whose_checkpoint_is_broken_begins_anew(
+    stages: InProcessStages, broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = make_request(num_inference_steps=6, num_outputs=2, seed=5)
+    checkpoint = {
+        "no safetensors": lambda: b"no safetensors",
+        "of another size": lambda: checkpoint_of(stages, make_request(num_inference_steps=9, height=64, num_outputs=2)),
+        "of fewer rows": lambda: checkpoint_of(stages, make_request(num_inference_steps=9)),
+    }[broken]()
+    stages.admit("denoising", "broken", stages.encode("broken", request), checkpoint)
+    done = stages.tick("denoising", [("broken", 0), ("broken", 1)])
+    assert not done.failed
+    assert done.began_anew == ["broken"]
+    assert "request broken begins anew, not at its checkpoint: a checkpoint does not fit its request" in caplog.text
+    assert torch.equal(run_to_end(stages, "broken", [5, 5]), stages.latents(request))
 
 
 def test_no_checkpoint_is_made_where_there_shall_be_none(flux_checkpoint: Path) -> None:

@@ -45,7 +45,6 @@ def assert_latents(blob: bytes, request: GenerationRequest, reference: Reference
     assert (load(blob)["latents"] - torch.as_tensor(reference.latents(request))).abs().max() < 1e-4
 
 
-@pytest.mark.slow
 def test_a_request_that_kills_its_ranks_is_given_up_and_the_others_are_drawn(
     denoising: Caller, in_process: InProcessStages, reference: Reference, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -114,7 +113,6 @@ def test_a_request_over_which_ranks_hang_is_given_up(denoising: Caller, in_proce
     assert denoising.service.metrics().watchdog_kills_total == before + 3
 
 
-@pytest.mark.slow
 def test_a_crash_loop_refuses_requests_until_a_group_starts_again(
     flux_checkpoint: Path, tmp_path: Path, in_process: InProcessStages, reference: Reference
 ) -> None:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from triton_diffusion.runtime.worker_group import _rank_environment
+from triton_diffusion.runtime.rank_process import _rank_environment
 
 
 @pytest.mark.parametrize(

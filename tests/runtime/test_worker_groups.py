@@ -19,6 +19,7 @@ from checkpoints.requests import make_blob, make_request
 from checkpoints.services import Caller, error_of, result_of, run_service, run_services
 from checkpoints.stages import InProcessStages
 from triton_diffusion.errors import DiffusionError
+from triton_diffusion.runtime.messages import TickDone
 from triton_diffusion.state import RequestState
 
 FOREVER = 100_000
@@ -155,6 +156,25 @@ def test_a_request_goes_on_from_its_last_checkpoint_at_the_replica_that_is_up(
         progress = two_replicas.progress("wanderer", FOREVER, restarts)[0]
         assert progress.restarts == restarts + 1, "who watches is told at once"
         assert progress.step >= reached - 10
+    assert_close(load(result_of(future))["latents"], reference.latents(request))
+
+
+def test_a_request_whose_checkpoint_cannot_be_used_begins_anew(
+    two_replicas: Caller, in_process: InProcessStages, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = two_replicas.service
+    keep = service._keep_checkpoints
+
+    def keep_broken(done: TickDone) -> None:
+        keep(done)
+        for request in service._book.requests.values():
+            request.checkpoint = request.checkpoint and b"broken"
+
+    monkeypatch.setattr(service, "_keep_checkpoints", keep_broken)
+    request = make_request(num_inference_steps=200, seed=8)
+    future = two_replicas.send(in_process.encode("forgetful", request))
+    two_replicas.progress("forgetful", 20)
+    os.kill(two_replicas.pids(service._scheduler.entry("forgetful").replica)[0], signal.SIGKILL)
     assert_close(load(result_of(future))["latents"], reference.latents(request))
 
 

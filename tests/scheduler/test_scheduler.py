@@ -439,6 +439,25 @@ def test_a_request_goes_on_from_its_checkpoint_when_its_replica_is_reset() -> No
     assert ticks == [[0, 1]] * 3 + [[1]]
 
 
+def test_a_request_whose_checkpoint_is_broken_begins_anew_with_the_ticks_that_are_out() -> None:
+    scheduler = make_scheduler()
+    scheduler.submit(work("a", rows=2, steps=5))
+    for _ in range(4):
+        finish(scheduler, scheduler.next_tick(0))
+    scheduler.keep("a", [4, 3])
+    scheduler.reset_replica(0)
+    out = [scheduler.next_tick(0), scheduler.next_tick(0)]
+    assert [tick.rows if tick else None for tick in out] == [(("a", 0), ("a", 1)), (("a", 1),)]
+    scheduler.lose_checkpoint("a")
+    for tick in out:
+        assert finish(scheduler, tick) == [], "it is not through, though its last steps were planned"
+    assert (scheduler.entry("a").done, scheduler.entry("a").kept) == ([1, 2], [0, 0])
+    ended = []
+    while (tick := scheduler.next_tick(0)) is not None:
+        ended.append(finish(scheduler, tick))
+    assert ended == [[], [], [], ["a"]]
+
+
 def test_a_checkpoint_that_is_not_of_this_request_is_refused() -> None:
     """Such as one of a request that was cancelled and sent again under its id."""
     scheduler = make_scheduler()

@@ -23,12 +23,21 @@ class CountingReplica:
         self.ticks: deque[Tick] = deque()
         self.steps: dict[RowId, int] = {}
         self.admitted: set[str] = set()
+        self.resumed: dict[str, list[int]] = {}
+        """Requests with a checkpoint that no tick has named yet."""
 
     def admit(self, request_id: str, done: list[int]) -> None:
         """Take a request whose rows have done so many steps by its checkpoint."""
         assert request_id not in self.admitted, "sent twice"
         self.admitted.add(request_id)
+        if any(done):
+            self.resumed[request_id] = done
         self.steps |= {(request_id, index): steps for index, steps in enumerate(done)}
+
+    def begin_anew(self, request_id: str) -> None:
+        """Do without the checkpoint."""
+        for index, steps in enumerate(self.resumed.pop(request_id)):
+            self.steps[request_id, index] -= steps
 
     def done(self, request_id: str) -> list[int]:
         return [steps for (name, _), steps in sorted(self.steps.items()) if name == request_id]
@@ -37,12 +46,14 @@ class CountingReplica:
         """Run the oldest tick; rows of requests that were dropped are passed over."""
         tick = self.ticks.popleft()
         for row in tick.rows:
+            self.resumed.pop(row[0], None)
             if row[0] in self.admitted:
                 self.steps[row] = self.steps.get(row, 0) + tick.num_steps
         return tick
 
     def drop(self, request_id: str) -> None:
         self.admitted.discard(request_id)
+        self.resumed.pop(request_id, None)
         self.steps = {row: steps for row, steps in self.steps.items() if row[0] != request_id}
 
 
@@ -149,6 +160,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         busy = [number for number, replica in enumerate(self.replicas) if replica.ticks]
         replica = self.replicas[data.draw(st.sampled_from(busy))]
+        for request_id in sorted(replica.resumed.keys() & {name for name, _ in replica.ticks[0].rows}):
+            if data.draw(st.booleans(), f"the checkpoint of {request_id} is broken"):
+                replica.begin_anew(request_id)
+                self.scheduler.lose_checkpoint(request_id)
+                self.kept[request_id] = [0] * self.works[request_id].num_rows
         tick = replica.run()
         self.now_s += 1
         for request_id in self.scheduler.finish_tick(tick.tick_id, 1.0):

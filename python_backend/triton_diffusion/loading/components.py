@@ -63,7 +63,7 @@ def load_components(
         if plan is not None and tp is not None and tp.degree > 1:
             checkpoint.require_safetensors(name)
             loaded[name] = load_slices(
-                _find_class(checkpoint, name),
+                find_class(checkpoint, name),
                 checkpoint.component_path(name),
                 dtype=dtype,
                 device=device,
@@ -80,7 +80,7 @@ def load_components(
 
 
 def _load_component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    component_class: Any = _find_class(checkpoint, name)
+    component_class: Any = find_class(checkpoint, name)
     path = checkpoint.component_path(name)
     if not issubclass(component_class, torch.nn.Module):
         if issubclass(component_class, LlamaTokenizer) and _is_byte_level(path):
@@ -108,7 +108,12 @@ def _is_byte_level(path: Path) -> bool:
     return file.is_file() and "ByteLevel" in json.dumps(json.loads(file.read_text()).get("pre_tokenizer"))
 
 
-def _find_class(checkpoint: Checkpoint, name: str) -> type[Any]:
+def find_class(checkpoint: Checkpoint, name: str) -> type[Any]:
+    """The class of a component, imported.
+
+    Raises:
+        ConfigurationError: it is not one of diffusers or transformers, or not installed.
+    """
     library, class_name = checkpoint.component_class(name)
     if library in dir(diffusers.pipelines) and hasattr(transformers, class_name):
         # save_pretrained names a pipeline's folder, if that is also the name of the folder the class comes from.

@@ -59,12 +59,6 @@ class GroupReady(Message, frozen=True, kw_only=True):
     """(tokens in the batch, seconds of the tick); empty where nothing was measured."""
 
 
-class GroupFailed(Message, frozen=True, kw_only=True):
-    """From rank 0: a rank could not load; the group ends itself."""
-
-    message: str
-
-
 class TickDone(Message, frozen=True, kw_only=True):
     """From rank 0: a tick is through on all ranks."""
 
@@ -83,10 +77,12 @@ class TickDone(Message, frozen=True, kw_only=True):
     over with the next one."""
     max_batch_tokens: int = 0
     """A smaller limit that was learnt from running out of memory in this tick; 0: none."""
+    began_anew: list[str] = []
+    """Requests that began with this tick, at their inputs instead of at their checkpoint, which could not be used."""
 
 
 ToRanks = AdmitRequest | RunTick | DropRequest | Shutdown
-FromRanks = GroupReady | GroupFailed | TickDone
+FromRanks = GroupReady | TickDone
 
 _encoder = msgspec.msgpack.Encoder()
 _to_ranks: msgspec.msgpack.Decoder[ToRanks] = msgspec.msgpack.Decoder(ToRanks)

@@ -1,4 +1,4 @@
-"""The main program of one rank: `python -m triton_diffusion.runtime.rank`, started by a WorkerGroup.
+"""One rank of a worker group, from its launch to its end.
 
 Standard input is the life line: its one line says what to run, and its end means that the Triton process is gone,
 whatever it died of. A rank then ends at once, and rank 0 removes the folder with the group's socket.
@@ -11,14 +11,11 @@ import glob
 import logging
 import os
 import shutil
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import msgspec
 import torch
@@ -27,7 +24,7 @@ from torch._C._distributed_c10d import FileStore, Store
 
 from triton_diffusion import run_folder
 from triton_diffusion.distributed.group import RankGroup, RanksDivergedError
-from triton_diffusion.errors import DiffusionError
+from triton_diffusion.errors import ConfigurationError, DiffusionError, to_wire
 from triton_diffusion.runtime import messages
 from triton_diffusion.runtime.calibration import (
     Calibration,
@@ -40,10 +37,10 @@ from triton_diffusion.runtime.calibration import (
     write_calibration,
 )
 from triton_diffusion.runtime.inbox import Inbox
+from triton_diffusion.runtime.last_words import LastWords, write_last_words
 from triton_diffusion.runtime.messages import (
     AdmitRequest,
     DropRequest,
-    GroupFailed,
     GroupReady,
     RankLaunch,
     RunTick,
@@ -55,35 +52,33 @@ from triton_diffusion.runtime.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
 
+def run(line: bytes, lifeline: BinaryIO) -> int:
+    """Run a rank until it is told to end; returns the exit code.
 
-def main() -> int:
-    """Run a rank until it is told to end; returns the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    lifeline = sys.stdin.buffer
-    launch = msgspec.json.decode(lifeline.readline(), type=RankLaunch)
+    Args:
+    line: its RankLaunch, in JSON.
+    lifeline: standard input, from which that line was read.
+    """
+    launch = msgspec.json.decode(line, type=RankLaunch)
     name = f"{launch.stage_model}[{launch.replica}.{launch.rank}]"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s")
     torch.set_num_threads(launch.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     channel = _ServiceChannel(launch) if launch.rank == 0 else None
     threading.Thread(target=_end_with_service, args=(lifeline, launch), daemon=True).start()
-    if (missing := _missing_gpu()) is not None:
-        # Before the ranks meet: on unlike devices they could not even agree that they have failed.
-        logger.error("%s", missing)
-        if channel is not None:
-            channel.send(GroupFailed(message=missing))
-        return 1
-    store = _rendezvous(launch)
-    group = RankGroup(rank=launch.rank, size=launch.group_size, device=device, store=store, parallel=launch.parallel)
     try:
-        executor = _load(launch, group, channel)
-        if executor is None:
-            return 1
-        _serve(executor, group, channel)
-    except RanksDivergedError:
-        logger.exception("this rank ends, and its group is started anew")
+        _check_gpu()
+        store = _rendezvous(launch)
+        group = RankGroup(
+            rank=launch.rank, size=launch.group_size, device=device, store=store, parallel=launch.parallel
+        )
+        _serve(_load(launch, group, channel), group, channel)
+    except Exception as error:
+        logger.error("this rank ends, and with it its group", exc_info=not isinstance(error, DiffusionError))
+        # Ranks that diverged said before they waited for each other what it was about.
+        if not isinstance(error, RanksDivergedError):
+            write_last_words(launch.run_dir, launch.rank, LastWords(message=to_wire(error)[1]))
         # An orderly end would wait for the collectives that the other ranks will never enter.
         os._exit(1)
     group.close()
@@ -136,12 +131,12 @@ def _rendezvous(launch: RankLaunch) -> Store | None:
     return FileStore(os.path.join(launch.run_dir, "store"), launch.group_size)
 
 
-def _missing_gpu() -> str | None:
-    """What is wrong if this rank was given a GPU that it cannot use, though the machine has some."""
+def _check_gpu() -> None:
+    """Raise ConfigurationError if this rank was given a GPU that it cannot use, though the machine has some."""
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not wanted or torch.cuda.is_available() or not glob.glob("/dev/nvidia[0-9]*"):
-        return None
-    return (
+        return
+    raise ConfigurationError(
         f"GPU {wanted} is not usable, though this machine has GPUs; check num_gpus, gpu_device_ids and "
         "CUDA_VISIBLE_DEVICES (set it empty to run on the CPU)"
     )
@@ -165,16 +160,15 @@ def _remove(run_dir: str) -> None:
         time.sleep(0.01)
 
 
-def _load(launch: RankLaunch, group: RankGroup, channel: _ServiceChannel | None) -> RankExecutor | None:
-    """Make the stage on this rank ready; None if that failed on any rank."""
+def _load(launch: RankLaunch, group: RankGroup, channel: _ServiceChannel | None) -> RankExecutor:
+    """Make the stage on this rank ready. What a rank raises here ends the group, whatever the others are at."""
     started = time.monotonic()
-    try:
-        stage = _on_all_ranks(group, partial(_load_stage, launch, group))
-        calibration = _on_all_ranks(group, partial(_prepare, launch, stage, group))
-    except DiffusionError as error:
-        if channel is not None:
-            channel.send(GroupFailed(message=str(error)))
-        return None
+    stage = _load_stage(launch, group)
+    if group.size > 1:
+        stage.executor.on_failure = partial(write_last_words, launch.run_dir, launch.rank)
+    calibration = _prepare(launch, stage, group)
+    # The group is ready when the last rank has come so far.
+    group.agree({})
     if channel is not None:
         channel.send(
             GroupReady(
@@ -186,24 +180,6 @@ def _load(launch: RankLaunch, group: RankGroup, channel: _ServiceChannel | None)
             )
         )
     return stage.executor
-
-
-def _on_all_ranks(group: RankGroup, run: Callable[[], _Result]) -> _Result:
-    """What `run` returns here, if it returned on every rank; else the error of one of them."""
-    failures: dict[str, BaseException] = {}
-    result: _Result | None = None
-    try:
-        result = run()
-    except RanksDivergedError:
-        raise
-    except Exception as error:
-        if not isinstance(error, DiffusionError):
-            logger.exception("loading failed")
-        failures["load"] = error
-    if failed := group.agree(failures):
-        raise failed["load"]
-    assert result is not None
-    return result
 
 
 def _load_stage(launch: RankLaunch, group: RankGroup) -> LoadedStage:
@@ -220,10 +196,7 @@ def _load_stage(launch: RankLaunch, group: RankGroup) -> LoadedStage:
 
 
 def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibration:
-    """Settle max_batch_tokens and run what shall be warm; every rank calls this, and all return the same.
-
-    An exception is the same on every rank too: what a tick fails with, the ranks have agreed on.
-    """
+    """Settle max_batch_tokens and run what shall be warm; every rank calls this, and all return the same."""
     device = device_name(group.device)
     layout = f"{group.size} ranks, {launch.parallel}, attention {launch.attention_backend}, tiles {launch.vae_tiling}"
     path = cache_path(launch.stage_model, stage.components, num_threads=launch.num_threads, layout=layout)
@@ -236,6 +209,13 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
     executor.on_memory_limit = partial(keep_memory_limit, path, device)
     if known is not None and known.memory_limit:
         executor.limit_memory(known.memory_limit)
+        if group.is_main:
+            logger.warning(
+                "batches of more than %d tokens once ran out of memory and are not tried; if there is more memory now, "
+                "delete %s and load the model anew",
+                known.memory_limit,
+                path,
+            )
     warm_up = WarmUp(launch.stage_model, executor, stage.family, stage.components, group)
     if not warm_up.can_run:
         limit = launch.max_batch_tokens or warm_up.tokens_of_default()
@@ -295,7 +275,3 @@ def _serve(executor: RankExecutor, group: RankGroup, channel: _ServiceChannel | 
                 executor.drop(request_id)
             case Shutdown():
                 return
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,6 +17,7 @@ from triton_diffusion.errors import DiffusionError, ResourceExhaustedError, from
 from triton_diffusion.request import GenerationRequest
 from triton_diffusion.runtime import faults as ordered
 from triton_diffusion.runtime.faults import Faults
+from triton_diffusion.runtime.last_words import LastWords
 from triton_diffusion.runtime.memory import is_out_of_memory, too_large
 from triton_diffusion.runtime.messages import AdmitRequest, Checkpoint, RunTick, TickDone
 from triton_diffusion.stages.base import StageRequest
@@ -82,6 +83,9 @@ class RankExecutor:
         """Tokens of a batch that memory was not too small for; 0: it never was."""
         self.on_memory_limit: Callable[[int], None] = lambda _: None
         """Told whenever that changes, before this rank waits for the others, which it may do in vain."""
+        self.on_failure: Callable[[LastWords | None], None] = lambda _: None
+        """Told what has failed here, also before that; and None, when the others have come."""
+        self._began_anew: list[str] = []
 
     def admit(self, message: AdmitRequest) -> None:
         """Hold a request until a tick names it."""
@@ -119,6 +123,7 @@ class RankExecutor:
         """Run a tick; every rank must call this with equal ticks. The answer counts on rank 0 alone."""
         started = time.perf_counter()
         known_limit = self.memory_limit
+        self._began_anew = []
         failed = self._prepare(tick.rows)
         rows = [row for row in tick.rows if row[0] in self._held]
         for _ in range(tick.num_steps):
@@ -141,6 +146,7 @@ class RankExecutor:
             counts=self._plan.on_tick.take_counts(),
             checkpoints=checkpoints,
             max_batch_tokens=self.memory_limit if self.memory_limit != known_limit else 0,
+            began_anew=self._began_anew,
         )
 
     def _prepare(self, rows: Rows) -> dict[str, DiffusionError]:
@@ -148,16 +154,27 @@ class RankExecutor:
         failed: dict[str, DiffusionError] = {}
         for request_id in _request_ids(rows):
             if request_id in self._held and self._held[request_id].work is None:
-                failed |= self._attempt([request_id], partial(self._open, request_id))
-                for stage in self._plan.on_admission:
-                    if request_id not in failed:
-                        work = self._held[request_id].work
-                        failed |= self._attempt([request_id], partial(run_stage, stage, [work], self._group))
-                if request_id not in failed:
-                    failed |= self._attempt([request_id], partial(self._start, self._held[request_id]))
+                failed |= self._begin(request_id)
         failed = {request_id: self._with_size(request_id, error) for request_id, error in failed.items()}
         self._drop(failed)
         return failed
+
+    def _begin(self, request_id: str) -> dict[str, DiffusionError]:
+        """Bring a request to its first step, or where it was at its checkpoint."""
+        held = self._held[request_id]
+        failed = self._attempt([request_id], partial(self._open, request_id))
+        for stage in self._plan.on_admission:
+            failed = failed or self._attempt([request_id], partial(run_stage, stage, [held.work], self._group))
+        failed = failed or self._attempt([request_id], partial(self._count_steps, held))
+        if failed or held.checkpoint is None:
+            return failed
+        if not (unusable := self._attempt([request_id], partial(self._resume, held))):
+            return {}
+        # Its rows may be half of the checkpoint's: they are made anew.
+        logger.warning("request %s begins anew, not at its checkpoint: %s", request_id, unusable[request_id])
+        self._began_anew.append(request_id)
+        held.checkpoint = None
+        return self._begin(request_id)
 
     def _open(self, request_id: str) -> None:
         held = self._held[request_id]
@@ -165,15 +182,20 @@ class RankExecutor:
         held.work = StageRequest(request_id, state.request, load(held.blob))
         held.tokens_per_row = self._tokens_per_row(state.request)
 
-    def _start(self, held: _Held) -> None:
-        """Count the steps of a request that has been prepared, from its checkpoint on if it has one."""
+    def _count_steps(self, held: _Held) -> None:
+        """Count the steps that a request has left."""
         assert held.work is not None
         stage = self._plan.on_tick
-        if held.checkpoint is not None:
-            stage.resume(held.work, held.checkpoint)
-            held.checkpoint = None
         steps = zip(stage.num_steps(held.work), stage.steps_done(held.work), strict=False)
         held.rows_left = {index: total - done for index, (total, done) in enumerate(steps)}
+
+    def _resume(self, held: _Held) -> None:
+        """Put a request that has been prepared where it was at its checkpoint."""
+        assert held.work is not None
+        assert held.checkpoint is not None
+        self._plan.on_tick.resume(held.work, held.checkpoint)
+        self._count_steps(held)
+        held.checkpoint = None
 
     def _step(self, rows: Rows) -> dict[str, DiffusionError]:
         """One step of all rows, together as far as memory allows."""
@@ -239,10 +261,10 @@ class RankExecutor:
     ) -> dict[str, DiffusionError]:
         """Call `run`; an exception on any rank is the failure of `request_ids` on all.
 
-        rows: those of a forward pass. If this rank alone runs out of memory and the others wait for it, it has no other
-        chance to learn from that.
+        rows: those of a forward pass. If this rank alone fails in it and the others wait there, it has no other chance
+        to say so, and to learn that its memory is too small.
         """
-        failures: dict[str, BaseException] = {}
+        failures: dict[str, DiffusionError] = {}
         try:
             run()
         except Exception as error:
@@ -253,9 +275,23 @@ class RankExecutor:
                 logger.warning("%s ran out of memory with requests %s: %s", self._plan.on_tick.name, names, str(error))
             else:
                 logger.exception("%s failed", self._plan.on_tick.name)
-        if len(rows) > 1 and any(isinstance(failure, ResourceExhaustedError) for failure in failures.values()):
-            self.limit_memory(self._tokens(_halves(rows)[1]))
-        return self._group.agree(failures)
+        if not failures:
+            return self._group.agree({})
+        self.on_failure(self._learn(request_ids, failures[request_ids[0]], rows))
+        agreed = self._group.agree(failures)
+        self.on_failure(None)
+        return agreed
+
+    def _learn(self, request_ids: Sequence[str], failure: DiffusionError, rows: Rows) -> LastWords:
+        """Take note of memory that is too small; returns what there is to say of the failure, should it be the last."""
+        message = f"{self._plan.on_tick.name} failed with requests {', '.join(request_ids)}: {failure}"
+        if not rows or not isinstance(failure, ResourceExhaustedError):
+            return LastWords(message=message)
+        if len(rows) > 1:
+            half = self._tokens(_halves(rows)[1])
+            self.limit_memory(half)
+            return LastWords(message=message, memory_limit=half)
+        return LastWords(message=message, too_large={request_ids[0]: str(self._with_size(request_ids[0], failure))})
 
     def _tokens(self, rows: Rows) -> int:
         return sum(self._held[request_id].tokens_per_row for request_id, _ in rows)

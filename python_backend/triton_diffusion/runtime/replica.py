@@ -10,12 +10,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zmq
 
 from triton_diffusion.config import StageConfig
-from triton_diffusion.runtime.messages import GroupFailed, GroupReady, Message, RunTick, TickDone
+from triton_diffusion.runtime.last_words import LastWords
+from triton_diffusion.runtime.messages import GroupReady, Message, RunTick, TickDone
 from triton_diffusion.runtime.restarts import Restarts
 from triton_diffusion.runtime.watchdog import Watchdog
 from triton_diffusion.runtime.worker_group import WorkerGroup
@@ -43,10 +44,17 @@ class Fault:
     is_hang: bool = False
     public_cause: str = ""
     """What callers are told; by default the same."""
+    last_words: LastWords | None = None
+    """What the ranks have left to say of it."""
 
     def __post_init__(self) -> None:
         if not self.public_cause:
             object.__setattr__(self, "public_cause", self.cause)
+
+    @property
+    def has_taught(self) -> bool:
+        """Whether the ranks have learnt from it to run smaller batches, so that the next start may go better."""
+        return self.last_words is not None and self.last_words.memory_limit > 0
 
 
 class Replica:
@@ -79,7 +87,6 @@ class Replica:
         self._started_s = 0.0
         self._all_ran_s = 0.0
         """When no rank of a group that starts was last seen stopped."""
-        self._failure: str | None = None
         self._ending: WorkerGroup | None = None
 
     @property
@@ -107,7 +114,6 @@ class Replica:
         if self.group is not None or self._ending is not None or time.monotonic() < self.restart_at_s:
             return None
         self._started_s = self._all_ran_s = time.monotonic()
-        self._failure = None
         try:
             self.group = self._launch(self.index)
         except OSError as error:
@@ -125,8 +131,6 @@ class Replica:
                 case GroupReady():
                     self._become_ready()
                     yield message
-                case GroupFailed():
-                    self._failure = message.message
                 case TickDone():
                     self._watchdog.done(message.tick_id, message.duration_s)
                     self.restarts.progressed()
@@ -139,14 +143,20 @@ class Replica:
         if not set(readable).isdisjoint(self.group.pidfds):
             death = self.group.describe_death()
             if death is not None:
-                if self._failure is None:
-                    return Fault(death)
-                # It may name files.
-                return Fault(f"{self._failure} ({death})", public_cause="its ranks could not load")
+                return self._explain(self.group, Fault(death))
         if not self.ready:
             return self._find_start_fault(self.group)
         stuck = self._watchdog.look(self.group.stopped_ranks)
-        return None if stuck is None else Fault(stuck, is_hang=True)
+        return None if stuck is None else self._explain(self.group, Fault(stuck, is_hang=True))
+
+    def _explain(self, group: WorkerGroup, fault: Fault) -> Fault:
+        """The fault, with what the ranks have left to say of it."""
+        words = group.last_words()
+        if words is None:
+            return fault
+        # They may name files.
+        public_cause = fault.public_cause if self.ready else "its ranks could not load"
+        return replace(fault, cause=f"{words.message} ({fault.cause})", public_cause=public_cause, last_words=words)
 
     def _find_start_fault(self, group: WorkerGroup) -> Fault | None:
         now_s = time.monotonic()

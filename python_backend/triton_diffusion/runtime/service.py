@@ -33,9 +33,11 @@ from triton_diffusion.observability.metrics import StageMetrics
 from triton_diffusion.request import example_request
 from triton_diffusion.runtime.held_request import HeldRequest, OnAnswer, guarded
 from triton_diffusion.runtime.messages import AdmitRequest, DropRequest, GroupReady, Message, TickDone
+from triton_diffusion.runtime.rank_process import RankProcess
 from triton_diffusion.runtime.recovery import Recovery
 from triton_diffusion.runtime.replica import Fault, Replica
 from triton_diffusion.runtime.request_book import RequestBook
+from triton_diffusion.runtime.spares import Spares
 from triton_diffusion.runtime.work import rows_and_steps, tokens_per_row
 from triton_diffusion.runtime.worker_group import WorkerGroup
 from triton_diffusion.scheduler import SEND_AHEAD_BELOW_S, Scheduler, Work
@@ -87,6 +89,7 @@ class StageService:
         self._poller = zmq.Poller()
         self._poller.register(self._wake_fd, zmq.POLLIN)
         self._readable: set[zmq.Socket[bytes] | int] = set()
+        self._spares = Spares(self._start_process, config.ranks_per_replica if config.spare_ranks else 0)
         self._replicas = [Replica(index, config, self._launch, self._poller) for index in range(config.num_replicas)]
         self._started: queue.SimpleQueue[DiffusionError | None] = queue.SimpleQueue()
         self._has_started = False
@@ -184,6 +187,7 @@ class StageService:
                 replica.stop()
             except Exception:
                 logger.exception("%s: replica %d did not stop in order", self._stage_model, replica.index)
+        self._spares.close()
         with self._inbox_lock:
             self._closed = True
         self._drain_inbox()
@@ -201,12 +205,15 @@ class StageService:
                 return
             self._book.drop_late(replica.index)
             self._send_ticks(replica)
+        self._spares.start_if_due()
         self._wait()
 
     def _wait(self) -> None:
         timeouts_s = [replica.poll_s for replica in self._replicas if replica.poll_s is not None]
         if self._scheduler.num_deadlines:
             timeouts_s.append(_DEADLINE_POLL_S)
+        if self._spares.poll_s is not None:
+            timeouts_s.append(self._spares.poll_s)
         timeout_ms = round(1000 * min(timeouts_s)) if timeouts_s else None
         self._readable = {source for source, _ in self._poller.poll(timeout_ms)}
 
@@ -225,7 +232,11 @@ class StageService:
             config=self._config,
             replica=replica,
             context=self._context,
+            start=self._spares.take,
         )
+
+    def _start_process(self, replica: int, rank: int) -> RankProcess:
+        return RankProcess(self._stage_model, str(self._checkpoint.path), self._config, replica, rank)
 
     def _watch(self, replica: Replica) -> None:
         for message in replica.receive():
@@ -249,6 +260,7 @@ class StageService:
             if not other.ready:
                 moved += self._recovery.move_waiting(other)
         self._metrics.moves_total += len(moved)
+        self._spares.plan(replica.index)
         after = f"{time.monotonic() - replica.down_since_s:.1f} s after its death" if replica.down_since_s else "first"
         logger.info(
             "%s: replica %d is ready (%s) on %s in %s, loaded in %.1f s, max_batch_tokens=%d; moved here: %s",
@@ -266,10 +278,12 @@ class StageService:
             self._started.put(None)
 
     def _group_died(self, replica: Replica, fault: Fault) -> None:
-        """Replace a group that is gone, and run its requests again; before the first start is over, give up."""
+        """Replace a group that is gone, and run its requests again; before the first start is over, give up, but where
+        the next one will know better.
+        """
         back_off_s = replica.end(fault)
         reason = f"replica {replica.index} of {self._stage_model}: {fault.cause}"
-        if not self._has_started:
+        if not self._has_started and (replica.restarts.is_crash_loop or not fault.has_taught):
             logger.error("%s", reason)
             self._started.put(WorkerGroupError(reason))
             self._stopping = True
@@ -338,6 +352,10 @@ class StageService:
             if request_id in concerned:
                 replica.send(DropRequest(request_id=request_id))
                 self._book.end(request_id, from_wire(*wire))
+        for request_id in done.began_anew:
+            if request_id in concerned & self._book.requests.keys():
+                self._scheduler.lose_checkpoint(request_id)
+                self._book.requests[request_id].checkpoint = None
         finished = self._scheduler.finish_tick(done.tick_id, done.duration_s)
         self._keep_checkpoints(done)
         now_s = time.monotonic()

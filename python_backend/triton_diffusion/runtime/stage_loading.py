@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,11 @@ from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.distributed.mesh import Mesh
 from triton_diffusion.distributed.tiles import share_tiles
 from triton_diffusion.distributed.transformer import prepare_transformer
+from triton_diffusion.errors import DiffusionError
 from triton_diffusion.families.base import ModelFamily, check_backend
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
-from triton_diffusion.loading.components import Components, load_components
+from triton_diffusion.loading.components import Components, find_class, load_components
 from triton_diffusion.runtime.faults import ordered_faults
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.runtime.work import tokens_per_row
@@ -33,6 +35,14 @@ class LoadedStage:
     executor: RankExecutor
     family: ModelFamily
     components: Components
+
+
+def import_stage(stage_model: str, model_path: str) -> None:
+    """Import the classes that `load_stage` will need, where that is possible; what is wrong shows when it is called."""
+    with contextlib.suppress(DiffusionError):
+        checkpoint = open_checkpoint(model_path)
+        for name in find_family(checkpoint).stage_components(checkpoint)[stage_model]:
+            find_class(checkpoint, name)
 
 
 def load_stage(

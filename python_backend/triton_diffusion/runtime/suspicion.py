@@ -1,9 +1,10 @@
 """Suspicion: whether a request is what its worker groups die of.
 
-A worker group can die of a request (its size, its values) or beside it (a killed process, a failing device), and no one
-sees which. A request that kills does so again at the same step; one that gets past the steps that were out at the crash
-was innocent of it. So what counts is crashes without such progress: the first may be chance, after the second the
-request runs alone, so that it takes no other down with it, and at the third it was alone: it is given up.
+A worker group can die of a request (its values) or beside it (a killed process, a failing device), and no one sees
+which, but for memory that is too small: of that a rank leaves word (last_words.py). A request that kills does so again
+at the same step; one that gets past the steps that were out at the crash was innocent of it. So what counts is crashes
+without such progress: the first may be chance, after the second the request runs alone, so that it takes no other down
+with it, and at the third it was alone: it is given up.
 """
 
 from __future__ import annotations

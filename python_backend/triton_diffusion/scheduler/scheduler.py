@@ -295,6 +295,16 @@ class Scheduler:
         """
         return self._entries[request_id].keep(done)
 
+    def lose_checkpoint(self, request_id: str) -> None:
+        """Take note that a request could not go on from its last checkpoint, and has begun with the first of the ticks
+        that are out. Raises KeyError when the request is not here.
+        """
+        entry = self._entries[request_id]
+        queue = self._replicas[entry.replica]
+        queue.work_left -= entry.work_left
+        entry.lose_checkpoint()
+        queue.work_left += entry.work_left
+
     def reset_replica(self, replica: int, *, alone: Collection[str] | None = None) -> list[str]:
         """Take the requests of a replica back to their last checkpoint, or to their beginning where there is none: its
         ranks have lost them. Returns those that had been started; they are not any more, so they can move.
@@ -385,6 +395,8 @@ def _goes_before(work: Work, other: Work) -> bool:
 
 def _mixes_suspects(queue: _Replica, choice: Choice) -> bool:
     """Whether a suspect would be out together with another request."""
+    if not queue.ticks:
+        return False
     chosen = {request_id for request_id, _ in choice.rows}
     out = {request_id for tick in queue.ticks.values() for request_id, _ in tick.rows}
     return bool(out - chosen) and any(queue.entries[request_id].alone for request_id in out | chosen)

@@ -106,6 +106,15 @@ class Entry:
         self.kept = list(done)
         return True
 
+    def lose_checkpoint(self) -> None:
+        """What was in the last checkpoint is to be done again, by the ticks that are out, too: they began there."""
+        self.planned = [planned - kept for planned, kept in zip(self.planned, self.kept, strict=True)]
+        self.done = [done - kept for done, kept in zip(self.done, self.kept, strict=True)]
+        self.steps_s = self.steps_s[self.kept[0] :]
+        self.steps_left += sum(self.kept)
+        self.unplanned += sum(self.kept)
+        self.kept = [0] * self.work.num_rows
+
     def restart(self, now_s: float) -> None:
         """Go back to the last checkpoint, or to the beginning: the replica that held the rest is gone."""
         if self.ticks_out:
