@@ -17,6 +17,14 @@ from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.repository import find_model_repository
 from triton_diffusion.server import TritonServer
 
+# By option of perf_analyzer, which would only say that a key is missing.
+_IMPOSSIBLE = {
+    "--shared-memory": "perf_analyzer has it for models without optional inputs only",
+    "--trace": "perf_analyzer cannot show the key that opens the server's trace settings; "
+    "trace by 'triton-diffusion serve -- --trace-config=level=TIMESTAMPS --trace-config=rate=1 "
+    "--trace-config=triton,file=FILE'",
+}
+
 
 def main() -> int:
     args = parse_arguments()
@@ -63,6 +71,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.url is None) != (args.grpc_url is None):
         parser.error("--url and --grpc-url belong together")
+    for argument in args.perf_analyzer_arguments:
+        for option, why in _IMPOSSIBLE.items():
+            if argument.startswith(option):
+                parser.error(f"{argument} does not work: {why}")
     return args
 
 

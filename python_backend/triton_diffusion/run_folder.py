@@ -1,4 +1,4 @@
-"""What a server and its chain models tell each other, by empty files in a folder that only they can reach.
+"""What a server and the processes of its models tell each other, by empty files in a folder that only they can reach.
 
 `TritonServer` makes the folder (mode 0700) and hands its name down by the environment. A model that was started by a
 plain tritonserver has none, and none of this happens. Files, and not requests: whoever may send requests must not be
@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 VARIABLE = "TRITON_DIFFUSION_RUN_FOLDER"
+
+BEAT_S = 1.0
+"""How often a model's process shows that it works."""
 
 _DRAIN = "drain"
 
@@ -30,26 +34,79 @@ class RunFolder:
 
     def order_drain(self) -> None:
         """Have the chains refuse new requests and finish those that they have."""
-        # The folder goes with a server that has ended.
-        with contextlib.suppress(FileNotFoundError):
-            (self._path / _DRAIN).touch(mode=0o600)
+        self._touch(_DRAIN)
 
     def chains(self) -> set[int]:
         """Process ids of the chain models that were loaded, also of those that ended since."""
-        return {int(path.name.partition("-")[2]) for path in self._path.glob("chain-*")}
+        return self._pids("chain")
 
     def is_drained(self, pid: int) -> bool:
         """Whether a chain has seen the order and has no request any more."""
         return (self._path / f"drained-{pid}").exists()
 
+    def beats(self) -> dict[int, int]:
+        """By process id, the time of the last sign of life, in nanoseconds since the epoch."""
+        beats: dict[int, int] = {}
+        for pid in self._pids("alive"):
+            # A model that is unloaded takes its file with it.
+            with contextlib.suppress(FileNotFoundError):
+                beats[pid] = (self._path / f"alive-{pid}").stat().st_mtime_ns
+        return beats
 
-class ChainFolder:
-    """The folder, as a chain model sees it; without a folder nothing is ordered and nothing told."""
+    def worn_chains(self) -> set[int]:
+        """Process ids of the chain models that asked to be replaced, also of those that were."""
+        return self._pids("worn")
+
+    def retire(self, pid: int) -> None:
+        """Have a chain that was replaced end when it has answered its requests."""
+        self._touch(f"retire-{pid}")
+
+    def _pids(self, what: str) -> set[int]:
+        return {int(path.name.partition("-")[2]) for path in self._path.glob(f"{what}-*")}
+
+    def _touch(self, name: str) -> None:
+        # The folder goes with a server that has ended.
+        with contextlib.suppress(FileNotFoundError):
+            (self._path / name).touch(mode=0o600)
+
+
+class ModelFolder:
+    """The folder, as a model's process sees it; without a folder nothing is ordered and nothing told."""
 
     def __init__(self) -> None:
-        folder = os.environ.get(VARIABLE)
-        self._path = Path(folder) if folder and os.path.isdir(folder) else None
-        self._drain = os.path.join(folder, _DRAIN) if self._path and folder else ""
+        folder = find()
+        self._path = Path(folder) if folder else None
+        self._beat_s = 0.0
+
+    def beat(self) -> None:
+        """Show that this process works: from the first time on it is killed if it stops to. Cheap to call often."""
+        now_s = time.monotonic()
+        # Not the whole: who calls it once in that time is a little early now and then.
+        if now_s - self._beat_s >= BEAT_S / 2:
+            self._beat_s = now_s
+            self._touch("alive")
+
+    def end_beats(self) -> None:
+        """Nobody is to wait for signs of life any more: the model ends, which may take its time."""
+        if self._path is not None:
+            self._file("alive", self._path).unlink(missing_ok=True)
+
+    def _touch(self, what: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self._path is not None:
+                self._file(what, self._path).touch(mode=0o600)
+
+    @staticmethod
+    def _file(what: str, folder: Path) -> Path:
+        return folder / f"{what}-{os.getpid()}"
+
+
+class ChainFolder(ModelFolder):
+    """The same for a chain model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drain = str(self._path / _DRAIN) if self._path is not None else ""
         self._touch("chain")
 
     def is_draining(self) -> bool:
@@ -60,7 +117,10 @@ class ChainFolder:
         """All requests have been answered."""
         self._touch("drained")
 
-    def _touch(self, what: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if self._path is not None:
-                (self._path / f"{what}-{os.getpid()}").touch(mode=0o600)
+    def tell_worn(self) -> None:
+        """Ask for a new process in this one's place."""
+        self._touch("worn")
+
+    def is_retired(self) -> bool:
+        """Whether another process takes the requests now."""
+        return self._path is not None and self._file("retire", self._path).exists()

@@ -3,11 +3,15 @@
 Triton does not notice the death of a Python model's process: the model stays "ready", new requests fail after a second,
 and those that were in it are never answered. The chain models answer the requests that were in a stage
 (triton/chain_model.py); those that were in a chain end only with the server, whose connections their callers see break.
+A process that lives but gives no sign of life any more (triton/heartbeat.py) is killed, and then as dead as the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from triton_diffusion._admin import AdminError
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.runtime.restarts import back_off_s
+from triton_diffusion.runtime.silence import Silence
 from triton_diffusion.runtime.stub_processes import find_stubs, is_alive
 from triton_diffusion.server import TritonServer, describe_exit
 
@@ -37,6 +42,7 @@ class Supervisor:
     report: is given one line for every fault, with what is done about it.
     max_restarts: starts within `window_s` after which a server that dies again is given up.
     startup_timeout_s: seconds that the loading of all models may take.
+    silence_s: seconds without a sign of life after which a model's process is killed; it gives one every second.
     """
 
     def __init__(
@@ -47,18 +53,23 @@ class Supervisor:
         max_restarts: int = 5,
         window_s: float = 600.0,
         startup_timeout_s: float = 1860.0,
+        silence_s: float = 30.0,
         poll_s: float = 0.25,
     ) -> None:
         self._server = server
         self._report = report
         self._max_restarts = max_restarts
         self._startup_timeout_s = startup_timeout_s
+        self._silence_s = silence_s
+        self._silence = Silence()
         self._poll_s = poll_s
         self._restarts = _Past(window_s)
         self._deaths: defaultdict[str, _Past] = defaultdict(lambda: _Past(window_s))
         self._stubs: dict[int, str] = {}
         self._searched_s = 0.0
         self._healing: set[str] = set()
+        self._replaced: dict[int, str] = {}
+        """Processes of chains that finish what they have, beside the ones that took their place."""
         self._reason = ""
         """Why we ended the server; empty: it died by itself."""
 
@@ -117,39 +128,84 @@ class Supervisor:
     # ---------------------------------------------------------------- its models
 
     def _search(self) -> None:
-        self._stubs = find_stubs(self._server.pid)
+        found = find_stubs(self._server.pid)
+        self._stubs = {pid: model for pid, model in found.items() if pid not in self._replaced}
         self._searched_s = time.monotonic()
 
     def _look_at_stubs(self) -> None:
         if not is_alive(self._server.pid):
             return
         known = self._stubs
-        dead = {pid: model for pid, model in known.items() if not is_alive(pid)}
+        dead = {pid: model for pid, model in known.items() if pid not in self._replaced and not is_alive(pid)}
         if dead or time.monotonic() - self._searched_s > _SEARCH_S:
             self._search()
         if self._server.stop_requested.is_set() or not is_alive(self._server.pid):
             return
         for pid, model in dead.items():
             is_replaced = _count(self._stubs, model) >= _count(known, model)
-            if not is_replaced and model not in self._healing:
-                self._healing.add(model)
-                # Loading may take minutes, in which other models may die.
-                threading.Thread(target=self._heal, args=(model, pid), name=f"heal-{model}", daemon=True).start()
+            if not is_replaced:
+                self._start(self._heal, model, pid)
+        self._look_at_replaced()
+        self._kill_silent()
+        for pid in self._server.orders.worn_chains() & (self._stubs.keys() - self._replaced.keys()):
+            self._start(self._replace, self._stubs[pid], pid)
+
+    def _start(self, mend: Callable[[str, int], None], model: str, pid: int) -> None:
+        """In a thread: loading may take minutes, in which other models may die."""
+        if model not in self._healing:
+            self._healing.add(model)
+            threading.Thread(target=self._mend, args=(mend, model, pid), name=f"mend-{model}", daemon=True).start()
+
+    def _mend(self, mend: Callable[[str, int], None], model: str, pid: int) -> None:
+        try:
+            mend(model, pid)
+        except AdminError as error:
+            if not self._server.stop_requested.is_set():
+                self._end_server(f"{model} could not be loaded anew ({error})")
+        finally:
+            self._healing.discard(model)
+
+    def _look_at_replaced(self) -> None:
+        for pid in [pid for pid in self._replaced if not is_alive(pid)]:
+            chain = self._replaced.pop(pid)
+            # One that ended in order waits for no more signs of life.
+            if pid in self._server.orders.beats():
+                self._end_server(f"{chain} died with requests in it, whose callers only the end of the server tells")
+
+    def _kill_silent(self) -> None:
+        models = self._stubs | self._replaced
+        for pid, silent_s in self._silence.observe(self._server.orders.beats()).items():
+            if silent_s >= self._silence_s and pid in models and is_alive(pid):
+                self._report(
+                    f"the process of {models[pid]} (pid {pid}) lives, but has given no sign of life for "
+                    f"{silent_s:.0f} s; killing it"
+                )
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _heal(self, model: str, pid: int) -> None:
         started_s = time.monotonic()
-        try:
-            # One that somebody unloads ends in order.
-            if self._server.admin().state(model) != "READY":
-                return
-            self._report(f"the process of {model} (pid {pid}) died; loading the model anew")
-            self._load_anew(model, pid)
-            self._report(f"{model} is ready again after {time.monotonic() - started_s:.1f} s")
-        except AdminError as error:
-            if not self._server.stop_requested.is_set():
-                self._end_server(f"{model} died and could not be loaded anew ({error})")
-        finally:
-            self._healing.discard(model)
+        # One that somebody unloads ends in order.
+        if self._server.admin().state(model) != "READY":
+            return
+        self._report(f"the process of {model} (pid {pid}) died; loading the model anew")
+        self._load_anew(model, pid)
+        self._report(f"{model} is ready again after {time.monotonic() - started_s:.1f} s")
+
+    def _replace(self, chain: str, pid: int) -> None:
+        """Load a chain anew whose process lost too many calls; the old one ends when it has answered its requests."""
+        admin = self._server.admin()
+        if admin.state(chain) != "READY":
+            return
+        started_s = time.monotonic()
+        self._report(f"{chain} (pid {pid}) waits for the answers of too many stages that died; replacing its process")
+        self._replaced[pid] = chain
+        admin.unload(chain)
+        # Not waiting until it has gone: what stages that died will never answer keeps it for ever.
+        admin.load(chain, self._startup_timeout_s)
+        self._search()
+        self._server.orders.retire(pid)
+        self._report(f"{chain} was replaced in {time.monotonic() - started_s:.1f} s")
 
     def _load_anew(self, model: str, pid: int) -> None:
         admin = self._server.admin()

@@ -60,7 +60,7 @@ class RunningServer:
         """The rank processes of a stage model, or of all, by the Triton stub that is their parent."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if "triton_diffusion.runtime.rank" in process.cmdline():
+            if "triton_diffusion.runtime.rank_main" in process.cmdline() and process.name() != "spare rank":
                 stub = " ".join(process.parent().cmdline())
                 if stage_model is None or f"/{stage_model}/" in stub:
                     found.append(process)
@@ -142,6 +142,8 @@ def own_server(
     **options: Any,
 ) -> Iterator[RunningServer]:
     """A server of its own with certain parameters; on the way out nothing of it may be left."""
+    # Spares would take the cores from the tests as they start; those of tests/runtime look at them.
+    settings = {"spare_ranks": "false"} | settings
     repository = build_repository(folder / "models", settings, stages=stages, response_cache=response_cache)
     before = shared_memory()
     with TritonServer(repository, log_file=folder / "server.log", exit_timeout_s=20, **options) as process:

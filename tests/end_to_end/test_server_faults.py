@@ -27,6 +27,7 @@ pytestmark = pytest.mark.end_to_end
 PROMPT = "a large red circle"
 # Nothing is measured and nothing warmed up: the models here are loaded again and again.
 QUICKLY_LOADED = {"dtype": "float32", "max_batch_tokens": "1000", "warmup_resolutions": "none"}
+SILENCE_S = 8.0
 
 
 @dataclass
@@ -57,7 +58,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None
 def supervised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervised]:
     with own_server(tmp_path_factory.mktemp("supervised"), QUICKLY_LOADED) as server:
         reports: list[str] = []
-        supervisor = Supervisor(server.process, reports.append)
+        supervisor = Supervisor(server.process, reports.append, silence_s=SILENCE_S)
         thread = threading.Thread(target=supervisor.run)
         thread.start()
         yield Supervised(server, reports)
@@ -73,14 +74,38 @@ def unavailable(error: BaseException | None) -> bool:
 def test_callers_of_a_stage_that_died_are_told_and_it_is_loaded_anew(supervised: Supervised) -> None:
     server, stub = supervised.server, supervised.stub("denoising")
     ranks = server.ranks("denoising")
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(server.infer, prompt=PROMPT, num_inference_steps=200) for _ in range(2)]
-        wait_until(lambda: server.metric("running_requests", "denoising") == 2)
+    chain = supervised.stub("diffusion")
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(server.infer, prompt=PROMPT, num_inference_steps=200) for _ in range(8)]
+        wait_until(lambda: server.metric("running_requests", "denoising") == 8)
         os.kill(stub, signal.SIGKILL)
         assert all(unavailable(future.exception(60)) for future in futures)
     supervised.wait_for_report("denoising is ready again")
     assert server.infer(prompt=PROMPT, num_inference_steps=1) is not None
     assert not any(is_alive(rank.pid) for rank in ranks)
+    # What Triton keeps for each of the eight for ever, it keeps for a process that takes no requests any more.
+    supervised.wait_for_report("diffusion was replaced")
+    wait_until(lambda: not is_alive(chain))
+    assert server.infer(prompt=PROMPT, num_inference_steps=1) is not None
+    assert not any("tritonserver" in line for line in supervised.reports)
+
+
+def test_processes_that_hang_are_killed_and_their_models_loaded_anew(supervised: Supervised) -> None:
+    server = supervised.server
+    stage, chain = supervised.stub("denoising"), supervised.stub("diffusion_stream")
+    del supervised.reports[:]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(server.infer, prompt=PROMPT, num_inference_steps=200, num_outputs=4)
+        wait_until(lambda: server.metric("running_requests", "denoising") == 1)
+        os.kill(stage, signal.SIGSTOP)
+        os.kill(chain, signal.SIGSTOP)
+        assert unavailable(future.exception(60))
+    for model, pid in (("denoising", stage), ("diffusion_stream", chain)):
+        supervised.wait_for_report(f"{model} (pid {pid}) lives, but has given no sign of life")
+        supervised.wait_for_report(f"{model} is ready again")
+        assert not is_alive(pid)
+    assert server.infer(prompt=PROMPT, num_inference_steps=1) is not None
+    assert not any("tritonserver" in line for line in supervised.reports)
 
 
 def test_an_idle_chain_that_died_is_loaded_anew(supervised: Supervised) -> None:
@@ -139,7 +164,7 @@ def test_what_is_for_the_operator_wants_the_key(supervised: Supervised, method: 
 
 def test_admitted_requests_are_finished_and_others_refused_when_the_server_is_told_to_end(tmp_path: Path) -> None:
     with own_server(tmp_path, QUICKLY_LOADED) as server, ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(server.infer, prompt=PROMPT, num_inference_steps=200, num_outputs=4) for _ in range(3)]
+        futures = [pool.submit(server.infer, prompt=PROMPT, num_inference_steps=100, num_outputs=4) for _ in range(3)]
         wait_until(lambda: server.metric("running_requests", "denoising") == 3)
         end = pool.submit(server.process.stop)
         wait_until(lambda: server.process.stop_requested.is_set())

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
 import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -31,7 +32,6 @@ from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.request import INPUT_NAMES, PICTURE_FORMATS, GenerationRequest, check_num_images
 from triton_diffusion.run_folder import ChainFolder
 from triton_diffusion.runtime.estimates import DecodingTime, EndRate
-from triton_diffusion.runtime.stub_processes import StageStubs, is_alive
 from triton_diffusion.stages.input_validation import IncomingRequest, InputValidationStage
 from triton_diffusion.state import (
     IMAGE,
@@ -60,14 +60,13 @@ from triton_diffusion.triton.conversion import (
     read_parameters,
     send_final,
     set_up_logging,
-    stage_call,
     triton_error,
     uses_response_cache,
 )
+from triton_diffusion.triton.stage_calls import Stage, StageCalls
+from triton_diffusion.triton.threads import in_thread, start_thread
 
 logger = logging.getLogger(__name__)
-
-_Result = TypeVar("_Result")
 
 # How soon a caller that went away is noticed; and the pause at least, as a multiple of the processor time that asking
 # takes: on busy cores most of the time is waiting for them, which costs nobody anything.
@@ -77,6 +76,10 @@ _CANCEL_POLL_SHARE = 100
 _KEEP_ALIVE_S = 1.0
 # How soon an order to drain is noticed while there are no requests.
 _IDLE_POLL_S = 0.2
+# Lost calls after which this process asks to be replaced: as soon as it has no requests, and in any case when as many
+# are lost as this share of the requests that it takes at a time.
+_FEW_LOST = 8
+_MANY_LOST_SHARE = 0.5
 
 
 class ChainModel:
@@ -84,7 +87,8 @@ class ChainModel:
 
     The stages cannot see that a caller went away; a watching thread sees it here and tells the stage in band. The same
     thread answers the callers of requests whose stage has died: Triton never ends a call to a model whose process is
-    gone, so the thread that made the call is given up (and so all threads are daemons, which nothing waits for).
+    gone, so the thread that made the call is given up (and so all threads are daemons, which nothing waits for). When
+    many calls were lost in this way, the supervisor is asked for a new process in the place of this one.
     """
 
     stream: ClassVar[bool]
@@ -112,25 +116,24 @@ class ChainModel:
         self._has_jobs = threading.Event()
         self._all_answered = threading.Event()
         self._all_answered.set()
-        self._stubs = StageStubs()
+        self._calls = StageCalls()
+        self._cancelling: set[Stage] = set()
+        self._is_worn = False
         self._run_folder = ChainFolder()
         self._scope = uuid.uuid4().hex
         self._counter = itertools.count()
         self._stopping = threading.Event()
-        self._watcher = threading.Thread(target=self._watch_cancellation, name="cancel-watcher", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._watcher.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Start a thread for every request; the answer goes out through the response sender."""
         for request in requests:
-            job = _Job(f"{self._scope}-{next(self._counter)}", request)
             try:
-                self._register(job)
-                job.read_parameters(request)
-                given = read_inputs(request, INPUT_NAMES)
-                _start_thread(self._run, job, given, read_image_files(request))
-            except Exception as error:
-                self._finish(job, pb_utils.InferenceResponse(error=triton_error(error)))
+                self._accept(request, request.get_response_sender())
+            except Exception:
+                # The others of the batch are not to be lost with it.
+                logger.exception("a request could not be answered")
 
     def finalize(self) -> None:
         """Wait for the requests that run; Triton sends no new ones."""
@@ -138,6 +141,22 @@ class ChainModel:
         self._stopping.set()
         self._has_jobs.set()
         self._watcher.join()
+        self._run_folder.end_beats()
+
+    def _accept(self, request: Any, sender: Any) -> None:
+        try:
+            job = _Job(f"{self._scope}-{next(self._counter)}", request, sender)
+        except Exception as error:
+            logger.exception("a request could not be read")
+            send_final(sender, pb_utils.InferenceResponse(error=triton_error(error)))
+            return
+        try:
+            self._register(job)
+            job.read_parameters(request)
+            given = read_inputs(request, INPUT_NAMES)
+            start_thread(self._run, job, given, read_image_files(request))
+        except Exception as error:
+            self._finish(job, pb_utils.InferenceResponse(error=triton_error(error)))
 
     def _register(self, job: _Job) -> None:
         with self._jobs_lock:
@@ -235,7 +254,7 @@ class ChainModel:
     def _denoise_in_view(self, job: _Job, blob: bytes, num_steps: int) -> bytes:
         """Denoise, and meanwhile send the caller a message for every step."""
         started_s = time.monotonic()
-        result = _in_thread(lambda: self._denoise(job, blob))
+        result = in_thread(lambda: self._denoise(job, blob))
         previews: list[Future[None]] = []
         try:
             last = self._follow(job, result, previews)
@@ -243,7 +262,7 @@ class ChainModel:
         except BaseException:
             # Nobody waits for these steps any more.
             job.cancel_reason = job.cancel_reason or "its stream broke"
-            self._cancel(self._config.denoising_model, [job.request_id])
+            self._cancel(self._calls.find(self._config.denoising_model), [job.request_id])
             raise
         finally:
             wait([result])
@@ -264,7 +283,7 @@ class ChainModel:
                 continue
             self._send_progress(job, last, progress)
             if preview is not None:
-                previews.append(_in_thread(partial(self._send_preview, job, preview, progress)))
+                previews.append(in_thread(partial(self._send_preview, job, preview, progress)))
             last = progress
         return last
 
@@ -276,7 +295,7 @@ class ChainModel:
 
     def _ask_progress(self, job: _Job, last: Progress) -> tuple[Progress, bytes | None]:
         query = write_progress_query(ProgressQuery(job.request_id, last.step, last.restarts))
-        return read_progress(stage_call(self._config.denoising_model, query))
+        return read_progress(self._calls.call(self._calls.find(self._config.denoising_model), query))
 
     def _send_preview(self, job: _Job, preview: bytes, progress: Progress) -> None:
         """Have the estimate of the clean picture decoded, and send it under the step that it shows."""
@@ -290,7 +309,8 @@ class ChainModel:
         state.request_id = f"{job.request_id}-preview-{progress.step}"
         state.cancel_key, state.deadlines_s = "", {}
         try:
-            decoded = stage_call(self._config.decoding_model, replace_metadata(preview, state.metadata()))
+            stage = self._calls.find(self._config.decoding_model)
+            decoded = self._calls.call(stage, replace_metadata(preview, state.metadata()))
         except DiffusionError as error:
             # The picture itself does not depend on it.
             logger.warning("request %s goes without a preview of step %d: %s", job.request_id, progress.step, error)
@@ -299,89 +319,119 @@ class ChainModel:
 
     def _call(self, job: _Job, model: str, blob: bytes) -> bytes:
         """Run a stage for a job, which can be cancelled meanwhile."""
-        job.stage_pid = self._stubs.pid_of(model)
-        job.stage_model = model
+        job.stage = stage = self._calls.find(model)
         try:
             if job.cancelled:
                 raise RequestCancelledError(f"cancelled before {model}")
-            return stage_call(model, blob)
+            return self._calls.call(stage, blob)
         except RequestCancelledError as error:
             raise RequestCancelledError(f"{job.cancel_reason or 'by its request id'}: {error}") from error
         finally:
-            job.stage_model = job.stage_pid = None
+            job.stage = None
 
-    def _watch_cancellation(self) -> None:
+    def _watch(self) -> None:
         pause_s = _CANCEL_POLL_S
         while not self._stopping.wait(pause_s):
-            if not self._has_jobs.wait(_IDLE_POLL_S):
-                if self._run_folder.is_draining() and self._all_answered.is_set():
-                    self._run_folder.tell_drained()
-                continue
             started_s = time.thread_time()
-            with self._jobs_lock:
-                jobs = list(self._jobs.values())
             try:
-                self._end_lost(jobs)
-                self._cancel_abandoned(jobs)
+                # Here, since all requests depend on this thread.
+                self._run_folder.beat()
+                if self._has_jobs.wait(_IDLE_POLL_S):
+                    self._watch_jobs()
+                else:
+                    self._watch_idle()
             except Exception:
-                # This thread watches over all requests.
                 logger.exception("the look after callers that went away and stages that died failed")
             # Every question about a caller goes to the server's process: with many requests, ask less often.
             pause_s = max(_CANCEL_POLL_S, _CANCEL_POLL_SHARE * (time.thread_time() - started_s))
 
-    def _end_lost(self, jobs: Sequence[_Job]) -> None:
+    def _watch_idle(self) -> None:
+        if not self._all_answered.is_set():
+            return
+        if self._run_folder.is_draining():
+            self._run_folder.tell_drained()
+        if self._run_folder.is_retired():
+            logger.info("another process takes the requests now, and this one has answered its own: it ends")
+            self._run_folder.end_beats()
+            # Not in order: Triton would wait for the lost calls.
+            os._exit(0)
+        self._ask_for_replacement(self._calls.dead()[1], _FEW_LOST)
+
+    def _watch_jobs(self) -> None:
+        with self._jobs_lock:
+            jobs = list(self._jobs.values())
+        dead, num_lost = self._calls.dead()
+        self._end_lost(jobs, dead)
+        self._cancel_abandoned(jobs, dead)
+        self._ask_for_replacement(num_lost, round(_MANY_LOST_SHARE * self._config.max_concurrent_requests))
+
+    def _ask_for_replacement(self, num_lost: int, limit: int) -> None:
+        """Lost calls take threads from Triton's pool until no call can be made: a new process has a new pool."""
+        if not self._is_worn and num_lost >= max(limit, _FEW_LOST):
+            self._is_worn = True
+            logger.warning("%d calls to stages whose process died are lost: a new process is asked for", num_lost)
+            self._run_folder.tell_worn()
+
+    def _end_lost(self, jobs: Sequence[_Job], dead: set[int]) -> None:
         """Answer the callers of requests that were in a process which has ended."""
-        dead = {pid for job in jobs if (pid := job.stage_pid) is not None and not is_alive(pid)}
         for job in jobs:
-            model = job.stage_model
-            if model is not None and job.stage_pid in dead:
+            stage = job.stage
+            if stage is not None and stage.pid in dead:
                 logger.error(
-                    "request %s was in %s when its process (pid %d) died: answered UNAVAILABLE",
-                    job.request_id,
-                    model,
-                    job.stage_pid,
+                    "request %s was in %s when its process (pid %d) died: answered UNAVAILABLE", job.request_id, *stage
                 )
-                error = WorkerGroupError(f"the process of {model} died while it ran this request; try again")
+                error = WorkerGroupError(f"the process of {stage.model} died while it ran this request; try again")
                 job.cancel_reason = "its stage died"
                 self._finish(job, pb_utils.InferenceResponse(error=triton_error(error)))
 
-    def _cancel_abandoned(self, jobs: Sequence[_Job]) -> None:
-        """Tell the stages; again at every turn until the call returns, since it may not have reached the stage yet."""
-        by_model: defaultdict[str, list[str]] = defaultdict(list)
+    def _cancel_abandoned(self, jobs: Sequence[_Job], dead: set[int]) -> None:
+        """Tell the stages; again at every turn until the call returns, since it may not have reached the stage yet.
+
+        In other threads: a stage that hangs, or dies meanwhile, does not answer.
+        """
+        by_stage: defaultdict[Stage, list[str]] = defaultdict(list)
         for job in jobs:
             if self.stream:
                 job.keep_alive()
-            model = job.stage_model
-            if job.notice_cancel() and model is not None:
-                by_model[model].append(job.request_id)
-        for model, request_ids in by_model.items():
-            self._cancel(model, request_ids)
+            stage = job.stage
+            if not job.notice_cancel() or stage is None:
+                continue
+            if stage not in self._cancelling and stage.pid not in dead:
+                by_stage[stage].append(job.request_id)
+        for stage, request_ids in by_stage.items():
+            self._cancelling.add(stage)
+            start_thread(self._cancel_apart, stage, request_ids)
 
-    def _cancel(self, model: str, request_ids: list[str]) -> None:
+    def _cancel_apart(self, stage: Stage, request_ids: list[str]) -> None:
         try:
-            stage_call(model, write_cancel_order(CancelOrder(request_ids)))
+            self._cancel(stage, request_ids)
+        finally:
+            self._cancelling.discard(stage)
+
+    def _cancel(self, stage: Stage, request_ids: list[str]) -> None:
+        try:
+            self._calls.call(stage, write_cancel_order(CancelOrder(request_ids)))
         except DiffusionError as error:
-            logger.warning("requests %s could not be cancelled in %s: %s", ", ".join(request_ids), model, error)
+            logger.warning("requests %s could not be cancelled in %s: %s", ", ".join(request_ids), stage.model, error)
 
 
 class _Job:
     """A request of a caller, from its arrival to its last response."""
 
-    def __init__(self, request_id: str, request: Any) -> None:
+    def __init__(self, request_id: str, request: Any, sender: Any) -> None:
         self.request_id = request_id
         self.caller_id: str = request.request_id()
         self.cancel_key = ""
         self.arrived_s = time.monotonic()
-        self.stage_model: str | None = None
-        self.stage_pid: int | None = None
-        """The process of the stage model, as far as it is known."""
+        self.stage: Stage | None = None
+        """Where it is."""
         self.cancel_reason: str | None = None
         self.progress = Progress(0, 0, 0.0, None)
         """What the caller of a stream was told last."""
         self._last_sent_s = self.arrived_s
         # Microseconds, 0 for none: the `timeout` parameter of the request.
         self._timeout_s = request.timeout() / 1e6
-        self._sender = request.get_response_sender()
+        self._sender = sender
         self._finished = False
         # A response sender must not be asked anything once the last response is out.
         self._lock = threading.Lock()
@@ -430,24 +480,6 @@ class _Job:
         with self._lock:
             self._finished = True
         send_final(self._sender, response)
-
-
-def _start_thread(function: Callable[..., None], *arguments: Any) -> None:
-    threading.Thread(target=function, args=arguments, daemon=True).start()
-
-
-def _in_thread(function: Callable[[], _Result]) -> Future[_Result]:
-    """Call a function in a thread of its own."""
-    future: Future[_Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    _start_thread(run)
-    return future
 
 
 def _progress_tensor(progress: Progress) -> Any:

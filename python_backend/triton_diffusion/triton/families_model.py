@@ -17,6 +17,7 @@ from triton_diffusion.triton.conversion import (
     set_up_logging,
     triton_error,
 )
+from triton_diffusion.triton.heartbeat import Heartbeat
 
 
 class FamiliesModel:
@@ -32,10 +33,15 @@ class FamiliesModel:
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self._families = [description]
+        self._heartbeat = Heartbeat()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One answer for each request."""
         return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Nothing is under way."""
+        self._heartbeat.stop()
 
     def _answer(self, request: Any) -> Any:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from triton_diffusion.state import (
     StageHealth,
     read_stage_input,
     write_health,
+    write_health_query,
     write_num_cancelled,
 )
 from triton_diffusion.triton.conversion import (
@@ -32,6 +34,7 @@ from triton_diffusion.triton.conversion import (
     stage_error,
     state_tensor,
 )
+from triton_diffusion.triton.heartbeat import Heartbeat
 from triton_diffusion.triton.metrics import MetricsPublisher
 
 logger = logging.getLogger(__name__)
@@ -51,18 +54,21 @@ class StageModel:
         set_up_logging(args["model_name"])
         self._service: StageService | None = None
         self._metrics: MetricsPublisher | None = None
+        self._heartbeat: Heartbeat | None = None
         try:
             own_key()
             config = StageConfig.from_parameters(read_parameters(args))
             checkpoint = open_checkpoint(config.model_path)
             if self.stage not in find_family(checkpoint).stage_components(checkpoint):
                 logger.info("a %s has no %s: this model has nothing to do", checkpoint.pipeline_class, self.stage)
+                self._heartbeat = Heartbeat()
                 return
             self._service = StageService(self.stage, config)
             self._service.start()
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self._metrics = MetricsPublisher(args["model_name"], self._service.metrics)
+        self._heartbeat = Heartbeat(partial(_ask_service, self._service))
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the service; its answer goes out through the response sender."""
@@ -85,10 +91,17 @@ class StageModel:
 
     def finalize(self) -> None:
         """End the worker groups."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         if self._metrics is not None:
             self._metrics.stop()
         if self._service is not None:
             self._service.stop()
+
+
+def _ask_service(service: StageService, beat: Callable[[], None]) -> None:
+    """Call `beat` when the thread that all requests depend on has answered; one that broke down answers an error."""
+    service.submit(write_health_query(), lambda answer: beat() if isinstance(answer, bytes) else None)
 
 
 def _answer_idle(stage: str, blob: bytes) -> Answer:
