@@ -78,7 +78,7 @@ def _measure_pictures(args: argparse.Namespace, config: StageConfig) -> list[Fig
         expected_at_once = [_draw(pipeline, request) for request in tqdm(at_once, desc="in process")]
         expected_latents = [pipeline.generate(request, latents=True).array for request in tqdm(at_once, desc="latents")]
     with (
-        running_server({"model_path": model_path, "dtype": _DTYPE}) as server,
+        running_server({"model_path": model_path, "dtype": _DTYPE, "spare_ranks": "false"}) as server,
         DiffusionClient(server.grpc_address) as client,
     ):
         served = [_ask(client, request) for request in tqdm(one_by_one, desc="served")]

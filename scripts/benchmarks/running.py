@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import psutil
+from tqdm import tqdm
 
 from benchmarks.report import Figure
 from benchmarks.variables import tuning_variables
@@ -20,6 +21,10 @@ from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.server import TritonServer
 
 LOG_FILE = Path("outputs") / "benchmark_tritonserver.log"
+SPARE = "spare rank"
+"""The name under which lists of processes have a rank that waits to take another's place."""
+_SPARES_TIMEOUT_S = 300.0
+_RESTING_PERCENT = 5.0
 
 
 @contextlib.contextmanager
@@ -38,12 +43,32 @@ def prepared_server(settings: Mapping[str, str], *, stages: Collection[str] = ST
 
 @contextlib.contextmanager
 def running_server(settings: Mapping[str, str], *, stages: Collection[str] = STAGE_MODELS) -> Iterator[TritonServer]:
-    """A server that is ready."""
+    """A server that is ready, and whose spare ranks have imported what they need."""
     with prepared_server(settings, stages=stages) as server, server:
         progress = ProgressLine(is_alone=True)
         server.wait_until_ready(on_progress=progress.show)
         progress.end()
+        if settings.get("spare_ranks") != "false":
+            wait_for_spares(server)
         yield server
+
+
+def wait_for_spares(server: TritonServer) -> None:
+    """Return when each rank has a spare that rests; what they do before would count as work of the first requests."""
+    deadline_s = time.monotonic() + _SPARES_TIMEOUT_S
+    with tqdm(desc="spare ranks", unit="rank", bar_format="{desc}: {n_fmt} of {total_fmt} [{elapsed}]") as progress:
+        while time.monotonic() < deadline_s:
+            processes = psutil.Process(server.pid).children(recursive=True)
+            spares = [process for process in processes if process.name() == SPARE]
+            progress.total = sum(rank_arguments(process) is not None for process in processes)
+            for process in spares:
+                process.cpu_percent()
+            time.sleep(1.0)
+            progress.n = sum(process.cpu_percent() < _RESTING_PERCENT for process in spares)
+            progress.refresh()
+            if progress.n == progress.total:
+                return
+    raise TimeoutError(f"{progress.n} of {progress.total} spare ranks are up after {_SPARES_TIMEOUT_S:g} s")
 
 
 def named_processes(server: TritonServer) -> dict[str, psutil.Process]:
@@ -73,7 +98,7 @@ def _name(process: psutil.Process, server_pid: int) -> str:
 def rank_arguments(process: psutil.Process) -> tuple[str, int, int] | None:
     """(stage, replica, rank) of a rank process, which its command line tells; None for any other process."""
     arguments = process.cmdline()
-    if "triton_diffusion.runtime.rank_main" not in arguments or process.name() == "spare rank":
+    if "triton_diffusion.runtime.rank_main" not in arguments or process.name() == SPARE:
         return None
     stage, replica, rank = (arguments[arguments.index(flag) + 1] for flag in ("--stage", "--replica", "--rank"))
     return stage, int(replica), int(rank)

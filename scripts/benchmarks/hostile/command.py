@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace) -> Report:
     from benchmarks.hostile.attack import attack, make_cases
 
     cases = make_cases(args.requests, args.seed, input_types())
-    with running_server({"model_path": args.model_path, "dtype": "float32"}) as server:
+    with running_server({"model_path": args.model_path, "dtype": "float32", "spare_ranks": "false"}) as server:
         watch = _Watch(server)
         with tqdm(total=len(cases), unit=" requests", file=sys.stderr) as bar:
 
