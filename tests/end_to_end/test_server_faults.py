@@ -109,6 +109,7 @@ def test_processes_that_hang_are_killed_and_their_models_loaded_anew(supervised:
 
 
 def test_an_idle_chain_that_died_is_loaded_anew(supervised: Supervised) -> None:
+    del supervised.reports[:]
     os.kill(supervised.stub("diffusion_stream"), signal.SIGKILL)
     supervised.wait_for_report("diffusion_stream is ready again")
     assert supervised.server.infer(prompt=PROMPT, num_inference_steps=1) is not None
