@@ -17,12 +17,11 @@ from benchmarks.report import Figure
 from benchmarks.variables import tuning_variables
 from triton_diffusion.commands import ProgressLine
 from triton_diffusion.repository import build_repository
+from triton_diffusion.runtime.rank_main import SPARE_NAME
 from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.server import TritonServer
 
 LOG_FILE = Path("outputs") / "benchmark_tritonserver.log"
-SPARE = "spare rank"
-"""The name under which lists of processes have a rank that waits to take another's place."""
 _SPARES_TIMEOUT_S = 300.0
 _RESTING_PERCENT = 5.0
 
@@ -59,7 +58,7 @@ def wait_for_spares(server: TritonServer) -> None:
     with tqdm(desc="spare ranks", unit="rank", bar_format="{desc}: {n_fmt} of {total_fmt} [{elapsed}]") as progress:
         while time.monotonic() < deadline_s:
             processes = psutil.Process(server.pid).children(recursive=True)
-            spares = [process for process in processes if process.name() == SPARE]
+            spares = [process for process in processes if process.name() == SPARE_NAME]
             progress.total = sum(rank_arguments(process) is not None for process in processes)
             for process in spares:
                 process.cpu_percent()
@@ -98,7 +97,7 @@ def _name(process: psutil.Process, server_pid: int) -> str:
 def rank_arguments(process: psutil.Process) -> tuple[str, int, int] | None:
     """(stage, replica, rank) of a rank process, which its command line tells; None for any other process."""
     arguments = process.cmdline()
-    if "triton_diffusion.runtime.rank_main" not in arguments or process.name() == SPARE:
+    if "triton_diffusion.runtime.rank_main" not in arguments or process.name() == SPARE_NAME:
         return None
     stage, replica, rank = (arguments[arguments.index(flag) + 1] for flag in ("--stage", "--replica", "--rank"))
     return stage, int(replica), int(rank)

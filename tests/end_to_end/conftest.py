@@ -18,6 +18,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from triton_diffusion.repository import build_repository
+from triton_diffusion.runtime.rank_main import SPARE_NAME
 from triton_diffusion.runtime.work import STAGE_MODELS
 from triton_diffusion.server import TritonServer
 
@@ -60,7 +61,7 @@ class RunningServer:
         """The rank processes of a stage model, or of all, by the Triton stub that is their parent."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if "triton_diffusion.runtime.rank_main" in process.cmdline() and process.name() != "spare rank":
+            if "triton_diffusion.runtime.rank_main" in process.cmdline() and process.name() != SPARE_NAME:
                 stub = " ".join(process.parent().cmdline())
                 if stage_model is None or f"/{stage_model}/" in stub:
                     found.append(process)

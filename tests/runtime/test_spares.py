@@ -18,6 +18,7 @@ from checkpoints.requests import make_request
 from checkpoints.services import Caller, result_of, run_service
 from checkpoints.stages import InProcessStages
 from triton_diffusion.runtime import spares
+from triton_diffusion.runtime.rank_main import SPARE_NAME
 
 FOREVER = 100_000
 
@@ -33,7 +34,7 @@ def denoising(flux_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def waiting() -> list[int]:
     """Process ids of the spares that this process has started, and that know that they are spares."""
-    return [child.pid for child in psutil.Process().children() if child.name() == "spare rank"]
+    return [child.pid for child in psutil.Process().children() if child.name() == SPARE_NAME]
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:

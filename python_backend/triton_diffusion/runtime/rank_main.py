@@ -1,7 +1,7 @@
 """The program of a rank's process: `python -m triton_diffusion.runtime.rank_main`, started as a RankProcess.
 
 Importing takes most of the time that a rank needs to start, so a process may do it before it is needed, as a spare.
-Until it has its launch, lists of processes show it under the name "spare rank".
+Until it has its launch, lists of processes show it under the name SPARE_NAME.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import signal
 import sys
 from pathlib import Path
 
+SPARE_NAME = "spare rank"
+"""The name of a process that waits to take a rank's place, as `ps` and /proc/PID/comm show it."""
+
 
 def main() -> int:
     """Import, wait for the launch, and run the rank until it is told to end; returns the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lifeline = sys.stdin.buffer
     if not select.select([lifeline], [], [], 0)[0]:
-        _take_name("spare rank")
+        _take_name(SPARE_NAME)
     parser = argparse.ArgumentParser()
     parser.add_argument("--stage")
     parser.add_argument("--model-path")
