@@ -99,3 +99,23 @@ def test_nobody_has_a_second_turn_while_another_waits(tmp_path: Path) -> None:
     both = "".join(order)[: 2 * 18]
     assert "aaa" not in both
     assert "bbb" not in both
+
+
+def test_cores_are_free_while_nobody_has_them_or_waits_for_them(tmp_path: Path) -> None:
+    turns = Turns(tmp_path, [0, 1])
+    assert turns.are_free()
+    with Turns(tmp_path, [1]).take():
+        assert not turns.are_free()
+        assert Turns(tmp_path, [0]).are_free()
+    assert turns.are_free()
+
+
+def test_only_turns_that_count_are_counted_and_by_all_processes(tmp_path: Path) -> None:
+    counted, other = Turns(tmp_path, [0, 1], counted=True), Turns(tmp_path, [0])
+    assert other.num_taken() == 0
+    for turns in (counted, other, counted):
+        with turns.take():
+            pass
+    with _holder(tmp_path) as process:
+        process.communicate("")
+    assert other.num_taken() == 2

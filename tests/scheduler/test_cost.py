@@ -52,3 +52,10 @@ def test_any_number_of_sizes_takes_bounded_memory() -> None:
     for number in range(10_000):
         model.observe(100, 2.0, f"key-{number}")
     assert len(model._factors) <= 256
+
+
+def test_the_gain_of_a_batch_is_what_a_row_saves_in_the_best_one() -> None:
+    assert CostModel().gain == 0
+    assert CostModel([(10, 1.0)]).gain == 0
+    assert CostModel([(10, 1.0), (20, 2.0)]).gain == 0
+    assert CostModel([(10, 1.0), (40, 2.0), (80, 8.0)]).gain == pytest.approx(0.5)

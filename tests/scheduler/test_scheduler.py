@@ -511,3 +511,41 @@ def test_the_reference_loop_shares_the_duration_between_its_steps() -> None:
     assert tick is not None
     scheduler.finish_tick(tick.tick_id, 2.0)
     assert scheduler.remove("a").steps_s == [0.5] * 4
+
+
+# Waiting for company.
+
+
+def company_scheduler(**values: Any) -> Scheduler:
+    """One of a stage where a row of 1 token takes 0.5 s alone and a quarter of it in the best batch."""
+    return make_scheduler(cost_model=CostModel([(1, 0.5), (4, 0.5)]), **values)
+
+
+def test_a_batch_that_is_not_full_gains_by_waiting() -> None:
+    scheduler = company_scheduler()
+    assert not scheduler.gains_by_waiting(0)
+    for index in range(4):
+        scheduler.submit(work(f"r{index}"))
+        assert scheduler.gains_by_waiting(0) is (index < 3)
+
+
+def test_where_batches_are_no_faster_nothing_waits() -> None:
+    scheduler = make_scheduler(cost_model=CostModel([(1, 0.5), (4, 1.95)]))
+    scheduler.submit(work("r"))
+    assert not scheduler.gains_by_waiting(0)
+
+
+def test_what_is_in_a_tick_waits_for_nobody() -> None:
+    scheduler = company_scheduler()
+    scheduler.submit(work("r"))
+    scheduler.next_tick(0)
+    assert not scheduler.gains_by_waiting(0)
+
+
+@pytest.mark.parametrize("hurry", [{"steps": 2}, {"priority": 6}, {"deadline_s": 1000.0}])
+def test_requests_of_many_steps_of_high_priority_or_with_a_deadline_do_not_wait(hurry: dict[str, Any]) -> None:
+    scheduler = company_scheduler()
+    scheduler.submit(work("patient", priority=0))
+    assert scheduler.gains_by_waiting(0)
+    scheduler.submit(work("hurried", **hurry))
+    assert not scheduler.gains_by_waiting(0)

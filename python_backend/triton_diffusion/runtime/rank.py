@@ -14,7 +14,6 @@ import shutil
 import threading
 import time
 from functools import partial
-from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -22,7 +21,6 @@ import torch
 import zmq
 from torch._C._distributed_c10d import FileStore, Store
 
-from triton_diffusion import run_folder
 from triton_diffusion.distributed.group import RankGroup, RanksDivergedError
 from triton_diffusion.errors import ConfigurationError, DiffusionError, to_wire
 from triton_diffusion.runtime import messages
@@ -48,7 +46,7 @@ from triton_diffusion.runtime.messages import (
 )
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.runtime.stage_loading import LoadedStage, load_stage
-from triton_diffusion.runtime.turns import Turns
+from triton_diffusion.runtime.turns import open_turns
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +91,7 @@ class _ServiceChannel:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(launch.endpoint)
         self._inbox = Inbox()
-        folder = os.environ.get(run_folder.VARIABLE)
-        takes_turns = launch.cores and folder and os.path.isdir(folder)
-        self._turns = Turns(Path(folder), launch.cores) if folder and takes_turns else None
+        self._turns = open_turns(launch.cores, counted=launch.stage_model == "denoising")
         self._turn = contextlib.ExitStack()
 
     def send(self, message: messages.Message) -> None:

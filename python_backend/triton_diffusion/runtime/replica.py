@@ -15,9 +15,12 @@ from dataclasses import dataclass, replace
 import zmq
 
 from triton_diffusion.config import StageConfig
+from triton_diffusion.runtime.gathering import Gathering
 from triton_diffusion.runtime.last_words import LastWords
 from triton_diffusion.runtime.messages import GroupReady, Message, RunTick, TickDone
+from triton_diffusion.runtime.rank_process import group_cores
 from triton_diffusion.runtime.restarts import Restarts
+from triton_diffusion.runtime.turns import open_turns
 from triton_diffusion.runtime.watchdog import Watchdog
 from triton_diffusion.runtime.worker_group import WorkerGroup
 from triton_diffusion.scheduler import Tick
@@ -71,6 +74,7 @@ class Replica:
         self.group: WorkerGroup | None = None
         self.ready = False
         self.restarts = Restarts(config)
+        self.gathering = Gathering(open_turns(group_cores(config, index)) if config.take_turns else None)
         self.last_fault: Fault | None = None
         """What the last group ended of; None once a group is up."""
         self.restart_at_s = 0.0
@@ -99,7 +103,9 @@ class Replica:
         """How soon this replica must be looked at again, though nothing happens."""
         if self._ending is not None:
             return _END_POLL_S
-        return self._watchdog.poll_s if self.ready else _DOWN_POLL_S
+        if not self.ready:
+            return _DOWN_POLL_S
+        return self.gathering.poll_s or self._watchdog.poll_s
 
     @property
     def is_overdue(self) -> bool:

@@ -316,6 +316,8 @@ class StageService:
 
     def _send_ticks(self, replica: Replica) -> None:
         while replica.ready and self._has_room(replica):
+            if replica.gathering.shall_wait(gains=self._scheduler.gains_by_waiting(replica.index)):
+                return
             tick = self._scheduler.next_tick(replica.index)
             if tick is None:
                 return

@@ -14,12 +14,15 @@ from triton_diffusion.config import PolicyName
 from triton_diffusion.errors import DeadlineExceededError, QueueFullError
 from triton_diffusion.scheduler.cost import CostModel, Measurement
 from triton_diffusion.scheduler.policy import Choice, Lane, make_policy
-from triton_diffusion.scheduler.work import Entry, Tick, Work
+from triton_diffusion.scheduler.work import DEFAULT_PRIORITY, Entry, Tick, Work
 
 SEND_AHEAD_BELOW_S = 0.05
 """While one tick runs, the next may wait at the rank, so that the device never waits for the scheduler. But what is
 sent cannot be chosen anew: where the ticks that are out take longer than this, it is chosen when they are through.
 """
+
+# The part of the time of a lone row that company must save it.
+_WORTHWHILE = 0.1
 
 
 @dataclass
@@ -229,6 +232,17 @@ class Scheduler:
         self._tick_replicas[tick.tick_id] = replica
         return tick
 
+    def gains_by_waiting(self, replica: int) -> bool:
+        """Whether what waits on `replica` would take less of its time together with what may come.
+
+        Only of requests of a single step, which take no other chance to meet; not of those that are in a hurry.
+        """
+        waiting = [entry for entry in self._replicas[replica].entries.values() if entry.unplanned]
+        if self.cost_model.gain < _WORTHWHILE or any(map(_is_in_a_hurry, waiting)):
+            return False
+        tokens = sum(entry.work.tokens * entry.work.num_rows for entry in waiting)
+        return 0 < tokens < self.max_batch_tokens
+
     def finish_tick(self, tick_id: int, duration_s: float) -> list[str]:
         """Count the steps of a tick that came back; returns the requests that have an end now, in order.
 
@@ -383,6 +397,11 @@ class Scheduler:
                 lane = Lane(entry.work.batch_key, {entry.work.request_id: entry})
                 return self._policy.choose([lane], now_s, self.max_batch_tokens)
         return None
+
+
+def _is_in_a_hurry(entry: Entry) -> bool:
+    work = entry.work
+    return entry.alone or work.num_steps > 1 or work.deadline_s is not None or work.priority > DEFAULT_PRIORITY
 
 
 def _goes_before(work: Work, other: Work) -> bool:

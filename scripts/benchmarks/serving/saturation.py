@@ -22,7 +22,6 @@ from benchmarks.serving.turns import take_turns
 
 _GOAL_RANKS_PERCENT = 95.0
 _POLL_S = 0.1
-_DENOISING = ("tick_seconds_total", "denoising")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,8 @@ class _Look:
     """One look at the counters, at a moment when the server had just published its own."""
 
     at_s: float
-    tick_s: float
-    """Seconds that the denoising ranks have spent in ticks."""
+    tick_s: Mapping[str, float]
+    """Seconds that the ranks of each stage have spent in ticks."""
     cpu_s: Mapping[str, float]
     """Processor seconds by process."""
 
@@ -40,8 +39,8 @@ class _Look:
 class Share:
     """Shares of one turn, in percent."""
 
-    denoising_ticks: float
-    """Of the wall time; those of several replicas add up."""
+    ticks: Mapping[str, float]
+    """Of the wall time, by stage. They take turns on the cores, so together they cannot be more than all of it."""
     cpu: Mapping[str, float]
     """Of all cores over the wall time, by what used them."""
 
@@ -79,10 +78,11 @@ def _watch(side: Ours, looks: list[_Look], stop: threading.Event) -> None:
     processes = named_processes(side.server) | {"load generator": psutil.Process()}
     last: float | None = None
     while not stop.is_set():
-        tick_s = fetch_metrics(side.server.metrics_url).get(_DENOISING, 0.0)
-        if last is not None and tick_s != last:
+        seen = fetch_metrics(side.server.metrics_url)
+        tick_s = {stage: value for (name, stage), value in seen.items() if name == "tick_seconds_total"}
+        if last is not None and tick_s["denoising"] != last:
             looks.append(_Look(at_s=time.time(), tick_s=tick_s, cpu_s=_cpu_seconds(processes)))
-        last = tick_s
+        last = tick_s["denoising"]
         time.sleep(_POLL_S)
 
 
@@ -109,7 +109,7 @@ def _share(first: _Look, last: _Look) -> Share:
     wall_s = last.at_s - first.at_s
     cores = psutil.cpu_count() or 1
     return Share(
-        denoising_ticks=100 * (last.tick_s - first.tick_s) / wall_s,
+        ticks={stage: 100 * (last.tick_s[stage] - seconds) / wall_s for stage, seconds in first.tick_s.items()},
         cpu={name: 100 * (last.cpu_s[name] - seconds) / (cores * wall_s) for name, seconds in first.cpu_s.items()},
     )
 
@@ -117,14 +117,17 @@ def _share(first: _Look, last: _Look) -> Share:
 def figures(shares: Sequence[Share]) -> list[Figure]:
     """What the ranks use, and a small profile of the rest."""
     title = f"saturation, {MOST_CLIENTS} clients"
+    in_ticks = [sum(each.ticks.values()) for each in shares]
     ranks = [sum(value for name, value in each.cpu.items() if name.endswith(", ranks")) for each in shares]
-    in_ticks = [each.denoising_ticks for each in shares]
-    first, *rest = spread_figures(f"{title}: processor time of all ranks, of cores x wall", ranks, "%")
+    first, *rest = spread_figures(f"{title}: wall time that ranks are in a model", in_ticks, "%")
     made = [
         Figure(name=first.name, value=first.value, unit=first.unit, at_least=_GOAL_RANKS_PERCENT),
         *rest,
-        *spread_figures(f"{title}: wall time that the denoising ranks are in ticks", in_ticks, "%"),
+        *spread_figures(f"{title}: processor time of all ranks, of cores x wall", ranks, "%"),
     ]
+    for stage in shares[0].ticks:
+        mean = sum(each.ticks[stage] for each in shares) / len(shares)
+        made.append(Figure(name=f"{title}: wall time in ticks of {stage}", value=mean, unit="%"))
     for name in shares[0].cpu:
         mean = sum(each.cpu[name] for each in shares) / len(shares)
         made.append(Figure(name=f"{title}: processor time, {name}", value=mean, unit="%"))

@@ -35,14 +35,14 @@ class Scale:
 
 FULL = Scale(
     rounds=3,
-    pictures_by_clients={1: 8, 4: 16, 16: 48},
-    lone_repeats=2,
-    batch_repeats=2,
-    capacity_pictures=16,
+    pictures_by_clients={1: 24, 4: 48, 16: 160},
+    lone_repeats=4,
+    batch_repeats=4,
+    capacity_pictures=32,
     open_loop_s=14.0,
     num_shorts=12,
-    storm_pictures=24,
-    saturation_pictures=64,
+    storm_pictures=96,
+    saturation_pictures=160,
     sweep_loads=(0.2, 0.5, 0.8, 1.0, 1.2),
     sweep_s=10.0,
 )

@@ -10,7 +10,8 @@ from benchmarks.report import Figure
 from benchmarks.soak.resources import MEMORY, Snapshot
 
 GOAL_PERCENT = 2.0
-_WARM_UP = 0.25
+WARM_UP = 0.25
+"""Share of the time, after which a measure counts."""
 _WINDOW = 0.2
 _MIB = 2**20
 # A process of 20 MiB grows by more than 2 % when it takes one more arena.
@@ -57,7 +58,7 @@ class Growth:
 def growths(snapshots: Sequence[Snapshot]) -> list[Growth]:
     """Of all that was there both behind the warm-up and at the end; medians, for single looks are noisy."""
     begin_s, duration_s = snapshots[0].at_s, snapshots[-1].at_s - snapshots[0].at_s
-    before = _medians(snapshots, begin_s + _WARM_UP * duration_s, begin_s + (_WARM_UP + _WINDOW) * duration_s)
+    before = _medians(snapshots, begin_s + WARM_UP * duration_s, begin_s + (WARM_UP + _WINDOW) * duration_s)
     after = _medians(snapshots, begin_s + (1 - _WINDOW) * duration_s, snapshots[-1].at_s)
     return [
         Growth(name=name, measure=measure, before=value, after=after[name, measure])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.faults.ranks import Fault, Injector
 from benchmarks.serving.load import Sent, closed_loop
+from benchmarks.soak.growth import WARM_UP
 from benchmarks.soak.mixed import MixedCaller, mixed_plan
 from benchmarks.soak.resources import Snapshot, watch
 from triton_diffusion.server import TritonServer
@@ -43,10 +44,15 @@ async def soak(
     seed: int,
     max_sequence_length: int,
 ) -> Soak:
-    """Ranks are killed, never stopped: a stopped one is slow to be noticed, and no other for its resources."""
+    """Ranks are killed, never stopped: a stopped one is slow to be noticed, and no other for its resources.
+
+    Twice as many clients while it warms up: stacks of threads, malloc's arenas and the pages of shared memory grow to
+    what the most requests at a time have needed, and stay there. By chance alone that would take hours.
+    """
     injector = Injector(server.pid, seed=seed, kinds=["kill"])
     snapshots: list[Snapshot] = []
-    end_s = time.time() + duration_s
+    begin_s = time.time()
+    warm_s, end_s = begin_s + WARM_UP * duration_s, begin_s + duration_s
     async with (
         AsyncDiffusionClient(server.grpc_address) as grpc,
         AsyncDiffusionClient(server.http_address, "http") as http,
@@ -55,8 +61,10 @@ async def soak(
         disturbing = asyncio.create_task(injector.run(every_s=fault_every_s, until_s=end_s))
         watching = asyncio.create_task(watch(server, temporary_folder, snapshots, every_s=look_every_s))
         try:
-            plan = mixed_plan(seed, max_sequence_length, lambda: time.time() < end_s)
-            sent = await closed_loop(caller.ask, plan, clients=clients, check=_take_any)
+            plan = mixed_plan(seed, max_sequence_length, lambda: time.time() < warm_s)
+            sent = await closed_loop(caller.ask, plan, clients=2 * clients, check=_take_any)
+            plan = mixed_plan(seed + 1, max_sequence_length, lambda: time.time() < end_s)
+            sent += await closed_loop(caller.ask, plan, clients=clients, check=_take_any)
             await disturbing
         finally:
             for task in (disturbing, watching):
