@@ -126,6 +126,7 @@ class RankExecutor:
         self._began_anew = []
         failed = self._prepare(tick.rows)
         rows = [row for row in tick.rows if row[0] in self._held]
+        counts = {"batch_rows_total": len(rows), "batch_tokens_total": self._tokens(rows)}
         for _ in range(tick.num_steps):
             if rows:
                 failed |= self._step(rows)
@@ -143,7 +144,7 @@ class RankExecutor:
             failed={request_id: to_wire(error) for request_id, error in failed.items()},
             results=results,
             previews=previews,
-            counts=self._plan.on_tick.take_counts(),
+            counts=counts | self._plan.on_tick.take_counts(),
             checkpoints=checkpoints,
             max_batch_tokens=self.memory_limit if self.memory_limit != known_limit else 0,
             began_anew=self._began_anew,

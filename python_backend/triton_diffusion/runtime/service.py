@@ -329,8 +329,6 @@ class StageService:
                 )
             expected_s = self._scheduler.cost_model.tick_s(tick.tokens, tick.batch_key) * tick.num_steps
             replica.run(tick, expected_s)
-            self._metrics.batch_rows_total += len(tick.rows)
-            self._metrics.batch_tokens_total += tick.tokens
 
     def _has_room(self, replica: Replica) -> bool:
         if replica.num_out == 0:
