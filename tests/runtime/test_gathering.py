@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
+
+from checkpoints.requests import make_blob, make_request
+from checkpoints.services import result_of, run_service
+from triton_diffusion import run_folder
+from triton_diffusion.config import StageConfig
 from triton_diffusion.runtime.gathering import Gathering
+from triton_diffusion.runtime.rank_process import group_cores
 from triton_diffusion.runtime.turns import Turns
 
 
@@ -63,3 +71,35 @@ def test_for_a_process_that_never_ends_its_turn_it_waits_a_second(tmp_path: Path
         assert gathering.shall_wait(gains=True)
         clock.now_s = 1.0
         assert not gathering.shall_wait(gains=True)
+
+
+def test_when_the_folder_of_the_turns_is_gone_nothing_waits(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    gathering = Gathering(Turns(folder, [0]))
+    with Turns(folder, [0]).take():
+        assert gathering.shall_wait(gains=True)
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        assert not gathering.shall_wait(gains=True)
+
+
+@pytest.mark.skipif(not group_cores(StageConfig(), 0), reason="with GPUs, stages do not take turns on the cores")
+def test_requests_that_come_while_another_stage_has_the_cores_share_a_tick(
+    flux_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(run_folder.VARIABLE, str(tmp_path))
+    with run_service("text_encoding", flux_checkpoint, max_batch_tokens=10_000) as caller:
+        caller.service._scheduler.cost_model.learn([(1, 1.0), (10_000, 1.0)])
+        caller.run(make_blob("first", make_request()))
+        before = caller.service.metrics()
+        with Turns(tmp_path, sorted(os.sched_getaffinity(0))).take():
+            waiting = [caller.send(make_blob(f"r{index}", make_request(prompt=str(index)))) for index in range(3)]
+            # It is behind them in the service's inbox.
+            caller.health()
+        for future in waiting:
+            result_of(future)
+        after = caller.service.metrics()
+    assert after.ticks_total - before.ticks_total == 1
+    assert after.batch_rows_total - before.batch_rows_total == 3

@@ -90,6 +90,15 @@ def test_every_stage_adds_what_it_measured(stages: dict[str, Caller]) -> None:
     assert sum(timings["denoising"].steps_s) <= timings["denoising"].run_s
 
 
+def test_metrics_count_every_row_that_was_computed_once(denoising: Caller, encoded: Encoded) -> None:
+    before = denoising.service.metrics()
+    request = make_request(num_outputs=2, num_inference_steps=3)
+    denoising.run(encoded("counted", num_outputs=2, num_inference_steps=3))
+    after = denoising.service.metrics()
+    assert after.batch_rows_total - before.batch_rows_total == request.num_outputs * request.num_inference_steps
+    assert after.batch_tokens_total > before.batch_tokens_total
+
+
 def test_a_warning_of_one_stage_is_there_behind_the_next(denoising: Caller, encoded: Encoded) -> None:
     blob = denoising.run(encoded("warned", prompt="a " * 100, max_sequence_length=8))
     assert len(read_state(blob).warnings) == 1

@@ -46,11 +46,18 @@ class Gathering:
 
         gains: whether a larger batch would be better.
         """
-        if self._turns is None or not gains or self._turns.are_free():
-            self._began = None
-            return False
-        now_s, num_taken = self._clock(), self._turns.num_taken()
-        began_s, taken_then = self._began = self._began or (now_s, num_taken)
-        if num_taken - taken_then >= _MAX_TURNS or now_s - began_s >= _PATIENCE_S:
+        if self._turns is None or not gains or not self._has_patience(self._turns):
             self._began = None
         return self._began is not None
+
+    def _has_patience(self, turns: Turns) -> bool:
+        try:
+            if turns.are_free():
+                return False
+            num_taken = turns.num_taken()
+        except OSError:
+            # The server ends, and its folder is gone; or there are no descriptors left. Nobody shall wait for that.
+            return False
+        now_s = self._clock()
+        began_s, taken_then = self._began = self._began or (now_s, num_taken)
+        return num_taken - taken_then < _MAX_TURNS and now_s - began_s < _PATIENCE_S
