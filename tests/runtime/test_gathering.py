@@ -16,24 +16,22 @@ from triton_diffusion.runtime.rank_process import group_cores
 from triton_diffusion.runtime.turns import Turns
 
 
-class Clock:
-    """A clock that stands still until it is moved."""
+def yes() -> bool:
+    return True
 
-    def __init__(self) -> None:
-        self.now_s = 0.0
 
-    def __call__(self) -> float:
-        return self.now_s
+def no() -> bool:
+    return False
 
 
 def test_on_free_cores_nothing_waits(tmp_path: Path) -> None:
     gathering = Gathering(Turns(tmp_path, [0]))
-    assert not gathering.shall_wait(gains=True)
+    assert not gathering.shall_wait(yes)
     assert gathering.poll_s is None
 
 
 def test_without_turns_nothing_waits() -> None:
-    assert not Gathering(None).shall_wait(gains=True)
+    assert not Gathering(None).shall_wait(yes)
 
 
 def test_while_others_have_the_cores_it_waits_for_two_of_their_steps(tmp_path: Path) -> None:
@@ -41,7 +39,7 @@ def test_while_others_have_the_cores_it_waits_for_two_of_their_steps(tmp_path: P
     gathering = Gathering(Turns(tmp_path, [0]))
     for waits in (True, True, False, True):
         with steps.take():
-            assert gathering.shall_wait(gains=True) is waits
+            assert gathering.shall_wait(yes) is waits
             assert (gathering.poll_s is not None) is waits
 
 
@@ -50,27 +48,24 @@ def test_turns_that_are_no_steps_do_not_count(tmp_path: Path) -> None:
     gathering = Gathering(Turns(tmp_path, [0]))
     for _ in range(5):
         with others.take():
-            assert gathering.shall_wait(gains=True)
+            assert gathering.shall_wait(yes)
 
 
 def test_it_goes_on_as_soon_as_the_cores_are_free_or_the_batch_gains_no_more(tmp_path: Path) -> None:
     gathering = Gathering(Turns(tmp_path, [0]))
     with Turns(tmp_path, [0]).take():
-        assert gathering.shall_wait(gains=True)
-        assert not gathering.shall_wait(gains=False)
-        assert gathering.shall_wait(gains=True)
-    assert not gathering.shall_wait(gains=True)
+        assert gathering.shall_wait(yes)
+        assert not gathering.shall_wait(no)
+        assert gathering.shall_wait(yes)
+    assert not gathering.shall_wait(yes)
 
 
 def test_for_a_process_that_never_ends_its_turn_it_waits_a_second(tmp_path: Path) -> None:
-    clock = Clock()
-    gathering = Gathering(Turns(tmp_path, [0]), clock)
+    gathering = Gathering(Turns(tmp_path, [0]), clock=iter([0.0, 0.9, 1.0]).__next__)
     with Turns(tmp_path, [0]).take():
-        assert gathering.shall_wait(gains=True)
-        clock.now_s = 0.9
-        assert gathering.shall_wait(gains=True)
-        clock.now_s = 1.0
-        assert not gathering.shall_wait(gains=True)
+        assert gathering.shall_wait(yes)
+        assert gathering.shall_wait(yes)
+        assert not gathering.shall_wait(yes)
 
 
 def test_when_the_folder_of_the_turns_is_gone_nothing_waits(tmp_path: Path) -> None:
@@ -78,11 +73,11 @@ def test_when_the_folder_of_the_turns_is_gone_nothing_waits(tmp_path: Path) -> N
     folder.mkdir()
     gathering = Gathering(Turns(folder, [0]))
     with Turns(folder, [0]).take():
-        assert gathering.shall_wait(gains=True)
+        assert gathering.shall_wait(yes)
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
-        assert not gathering.shall_wait(gains=True)
+        assert not gathering.shall_wait(yes)
 
 
 @pytest.mark.skipif(not group_cores(StageConfig(), 0), reason="with GPUs, stages do not take turns on the cores")

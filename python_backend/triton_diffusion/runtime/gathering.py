@@ -41,12 +41,12 @@ class Gathering:
         """How soon `shall_wait` must be asked again; None: nothing waits."""
         return None if self._began is None else _POLL_S
 
-    def shall_wait(self, *, gains: bool) -> bool:
+    def shall_wait(self, gains: Callable[[], bool]) -> bool:
         """Whether the requests that are here shall wait.
 
-        gains: whether a larger batch would be better.
+        gains: tells whether a larger batch would be better; not asked where nothing could wait.
         """
-        if self._turns is None or not gains or not self._has_patience(self._turns):
+        if self._turns is None or not gains() or not self._has_patience(self._turns):
             self._began = None
         return self._began is not None
 

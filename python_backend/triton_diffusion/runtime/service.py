@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import zmq
 
@@ -316,7 +317,7 @@ class StageService:
 
     def _send_ticks(self, replica: Replica) -> None:
         while replica.ready and self._has_room(replica):
-            if replica.gathering.shall_wait(gains=self._scheduler.gains_by_waiting(replica.index)):
+            if replica.gathering.shall_wait(partial(self._scheduler.gains_by_waiting, replica.index)):
                 return
             tick = self._scheduler.next_tick(replica.index)
             if tick is None:

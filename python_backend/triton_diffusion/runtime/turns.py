@@ -79,7 +79,9 @@ class Turns:
         if file is not None:
             held.callback(os.close, file)
             if self._counted:
-                os.pwrite(file, (_read_count(file) + 1).to_bytes(_COUNT_BYTES), 0)
+                # The turn itself does not depend on it, not even on a full disk.
+                with contextlib.suppress(OSError):
+                    os.pwrite(file, (_read_count(file) + 1).to_bytes(_COUNT_BYTES), 0)
         return file is not None
 
     def _lock(self, path: Path, deadline_s: float) -> int | None:

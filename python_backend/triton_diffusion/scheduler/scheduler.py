@@ -237,8 +237,10 @@ class Scheduler:
 
         Only of requests of a single step, which take no other chance to meet; not of those that are in a hurry.
         """
+        if self.cost_model.gain < _WORTHWHILE:
+            return False
         waiting = [entry for entry in self._replicas[replica].entries.values() if entry.unplanned]
-        if self.cost_model.gain < _WORTHWHILE or any(map(_is_in_a_hurry, waiting)):
+        if any(map(_is_in_a_hurry, waiting)):
             return False
         tokens = sum(entry.work.tokens * entry.work.num_rows for entry in waiting)
         return 0 < tokens < self.max_batch_tokens
