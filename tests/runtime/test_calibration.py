@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from triton_diffusion.runtime.calibration import (
     WarmUp,
     cache_path,
     read_calibration,
+    uncalibrated,
     write_calibration,
 )
 from triton_diffusion.runtime.messages import RunTick, TickDone
@@ -43,15 +46,33 @@ def components_of(folder: Path, stage_model: str, dtype: torch.dtype = torch.flo
 class TimedExecutor(RankExecutor):
     """The real stage, with a clock that says what a device would take; more than `memory` rows do not fit."""
 
-    def __init__(self, components: Components, seconds: dict[int, float], memory: int = 10**6) -> None:
-        super().__init__(make_plan("denoising", FAMILY, components, alone()), alone())
+    def __init__(
+        self,
+        components: Components,
+        seconds: dict[int, float],
+        memory: int = 10**6,
+        num_threads: int = 1,
+        seconds_on: dict[tuple[int, int], float] | None = None,
+    ) -> None:
+        """Args:
+        seconds: of a tick by number of rows.
+        seconds_on: the same by (rows, threads), where it is not as above.
+        """
+        plan = make_plan("denoising", FAMILY, components, alone())
+        super().__init__(plan, alone(), tokens_per_row=lambda _: TOKENS)
         self._seconds = seconds
+        self._seconds_on = seconds_on or {}
         self._memory = memory
+        self.num_threads = num_threads
+        self.runs: set[tuple[int, int]] = set()
+        """(rows, threads) of the ticks that were run."""
 
     def run(self, tick: RunTick) -> TickDone:
         done = super().run(tick)
         values: dict[str, Any] = {name: getattr(done, name) for name in done.__struct_fields__}
-        values["duration_s"] = self._seconds.get(len(tick.rows), len(tick.rows))
+        rows, threads = len(tick.rows), torch.get_num_threads()
+        self.runs.add((rows, threads))
+        values["duration_s"] = self._seconds_on.get((rows, threads), self._seconds.get(rows, rows))
         if len(tick.rows) > self._memory:
             values["failed"] = {tick.rows[0][0]: ("StageError", "out of memory")}
         return TickDone(**values)
@@ -63,6 +84,14 @@ def calibrate(folder: Path, seconds: dict[int, float], **values: Any) -> Calibra
     calibration = WarmUp("denoising", executor, FAMILY, components, alone()).calibrate("a device")
     assert not executor._held, "the warm-up leaves no request behind"
     return calibration
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    """Of this process, whose executors use as many as they are told."""
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
 
 
 TOKENS = 48 + 8 * 8
@@ -93,12 +122,38 @@ def test_a_single_row_that_fails_is_an_error(flux_checkpoint: Path) -> None:
         calibrate(flux_checkpoint, {}, memory=0)
 
 
+# Threads.
+
+
+def test_a_small_batch_runs_on_as_many_threads_as_it_keeps_busy(flux_checkpoint: Path) -> None:
+    on = {(1, 4): 1.0, (1, 2): 0.9, (1, 1): 1.04, (2, 4): 1.0, (2, 2): 1.05, (2, 1): 1.2, (4, 4): 1.0, (4, 2): 1.1}
+    calibration = calibrate(flux_checkpoint, {}, num_threads=4, seconds_on=on)
+    assert calibration.threads_by_tokens == [(TOKENS, 1), (2 * TOKENS, 2)]
+    assert calibration.measurements[:3] == [(TOKENS, 1.04), (2 * TOKENS, 1.05), (4 * TOKENS, 1.0)]
+
+
+def test_fewer_threads_are_not_tried_any_more_where_a_smaller_batch_needs_all(flux_checkpoint: Path) -> None:
+    components = components_of(flux_checkpoint, "denoising")
+    executor = TimedExecutor(components, {}, num_threads=2, seconds_on={(1, 2): 1.0, (1, 1): 1.06})
+    calibration = WarmUp("denoising", executor, FAMILY, components, alone()).calibrate("a device")
+    assert calibration.threads_by_tokens == []
+    assert {run for run in executor.runs if run[1] == 1} == {(1, 1)}
+
+
+def test_a_tick_has_the_threads_of_its_tokens(flux_checkpoint: Path) -> None:
+    components = components_of(flux_checkpoint, "denoising")
+    executor = TimedExecutor(components, {}, num_threads=3)
+    executor.limit_threads([(TOKENS, 1), (2 * TOKENS, 2)])
+    WarmUp("denoising", executor, FAMILY, components, alone()).warm_up(None, 4 * TOKENS)
+    assert executor.runs == {(1, 1), (4, 3)}
+
+
 # The file.
 
 
 def test_a_calibration_is_kept_and_read_again(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file.json"
-    calibration = Calibration(device="d", max_batch_tokens=5, measurements=[(1, 0.5)])
+    calibration = Calibration(device="d", max_batch_tokens=5, measurements=[(1, 0.5)], threads_by_tokens=[(1, 2)])
     assert read_calibration(path) is None
     write_calibration(path, calibration)
     assert read_calibration(path) == calibration
@@ -113,7 +168,7 @@ def test_a_file_that_is_none_is_measured_anew(tmp_path: Path, content: str) -> N
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    write_calibration(tmp_path / "file" / "x.json", Calibration(device="d", max_batch_tokens=5, measurements=[]))
+    write_calibration(tmp_path / "file" / "x.json", uncalibrated("d", 5))
 
 
 def test_another_dtype_number_of_threads_or_layout_is_another_file(flux_checkpoint: Path, cache: Path) -> None:
@@ -140,7 +195,7 @@ def test_a_stage_measures_at_its_first_start_only(
     assert kept is not None
     assert kept.max_batch_tokens == measured
     # It ran out of memory, too, since it was measured.
-    kept = Calibration(device="d", max_batch_tokens=777, measurements=[(777, 0.5)], memory_limit=555)
+    kept = msgspec.structs.replace(uncalibrated("d", 777), measurements=[(777, 0.5)], memory_limit=555)
     write_calibration(file, kept)
     with run_service("denoising", flux_checkpoint) as caller:
         assert caller.service.metrics().max_batch_tokens == 555

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load
@@ -18,7 +19,7 @@ from checkpoints.services import result_of, run_service
 from checkpoints.stages import InProcessStages
 from triton_diffusion.distributed.group import Failures, RankGroup, RanksDivergedError
 from triton_diffusion.errors import DiffusionError, ResourceExhaustedError, from_wire
-from triton_diffusion.runtime.calibration import Calibration, keep_memory_limit, read_calibration, write_calibration
+from triton_diffusion.runtime.calibration import keep_memory_limit, read_calibration, uncalibrated, write_calibration
 from triton_diffusion.runtime.faults import VARIABLE, Faults
 from triton_diffusion.runtime.memory import is_out_of_memory
 from triton_diffusion.runtime.messages import AdmitRequest, RunTick
@@ -206,12 +207,12 @@ def test_a_rank_that_runs_out_of_memory_alone_tells_it_to_its_successor(
     with pytest.raises(RanksDivergedError):
         executor.run(RunTick(tick_id=1, rows=rows, num_steps=1))
     kept = read_calibration(path)
-    assert kept == Calibration(device="cpu", max_batch_tokens=0, measurements=[], memory_limit=2 * TOKENS)
+    assert kept == msgspec.structs.replace(uncalibrated("cpu"), memory_limit=2 * TOKENS)
 
 
 def test_a_limit_is_added_to_what_was_measured_and_only_falls(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    measured = Calibration(device="cpu", max_batch_tokens=500, measurements=[(500, 1.0)])
+    measured = msgspec.structs.replace(uncalibrated("cpu", 500), measurements=[(500, 1.0)])
     write_calibration(path, measured)
     for limit in (300, 400, 200):
         keep_memory_limit(path, "cpu", limit)

@@ -1,7 +1,8 @@
 """What a rank does between loading and ready: run the sizes that are expected, and find out how large a batch pays.
 
 max_batch_tokens is where a larger batch gains no speed any more. It is measured once for a stage, a model and a device,
-and kept in a file under the user's cache folder ($TRITON_DIFFUSION_CACHE).
+and kept in a file under the user's cache folder ($TRITON_DIFFUSION_CACHE). On a CPU so is how many threads a small
+batch keeps busy: those that it does not are left to the server and to other stages.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ _MAX_SECONDS = 30.0
 _WORTHWHILE = 1.03
 # The smallest batch with this share of the best speed is the one: a smaller batch is a faster step for all in it.
 _GOOD_ENOUGH = 0.97
+# Half of the threads are enough for a batch that takes at most so many times as long with them.
+_AS_FAST = 1.05
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,8 +60,17 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """0: not measured."""
     measurements: list[tuple[int, float]]
     """(tokens in the batch, seconds of the tick)."""
+    threads_by_tokens: list[tuple[int, int]]
+    """(tokens, threads) in rising order: a batch of at most so many tokens keeps no more threads busy. Larger ones use
+    all that there are.
+    """
     memory_limit: int = 0
     """Tokens of a batch, learnt from larger ones that ran out of memory while requests were served; 0: none did."""
+
+
+def uncalibrated(device: str, max_batch_tokens: int = 0) -> Calibration:
+    """What is known of a device where nothing was measured."""
+    return Calibration(device=device, max_batch_tokens=max_batch_tokens, measurements=[], threads_by_tokens=[])
 
 
 class WarmUp:
@@ -92,11 +104,16 @@ class WarmUp:
         request = self._request(self._defaults.height, self._defaults.width)
         tokens = self._tokens(request)
         measured: list[tuple[int, float]] = []
+        threads_by_tokens: list[tuple[int, int]] = []
+        all_threads = self._executor.num_threads
+        keeps_all_busy = self._group.device.type != "cpu"
         started = time.monotonic()
         rows, idle_doublings = 1, 0
         while rows <= _MAX_ROWS and idle_doublings < 2 and self._agreed(time.monotonic() - started) < _MAX_SECONDS:
             try:
-                seconds = self._agreed(min(self._durations_s(request, rows, _MAX_RUNS)[1:]))
+                seconds = self._fastest_s(request, rows, all_threads)
+                if not keeps_all_busy:
+                    threads, seconds = self._with_fewer_threads(request, rows, seconds)
             except DiffusionError as error:
                 if not measured:
                     raise
@@ -107,6 +124,9 @@ class WarmUp:
                 break
             best = max(map(_speed, measured), default=0.0)
             measured.append((rows * tokens, seconds))
+            if not keeps_all_busy:
+                keeps_all_busy = threads == all_threads
+                threads_by_tokens += [] if keeps_all_busy else [(rows * tokens, threads)]
             idle_doublings = 0 if _speed(measured[-1]) > _WORTHWHILE * best else idle_doublings + 1
             rows *= 2
         best = max(map(_speed, measured))
@@ -115,6 +135,7 @@ class WarmUp:
             device=device_name,
             max_batch_tokens=limit,
             measurements=measured,
+            threads_by_tokens=threads_by_tokens,
             memory_limit=self._executor.memory_limit,
         )
 
@@ -155,6 +176,21 @@ class WarmUp:
 
     def _tokens(self, request: GenerationRequest) -> int:
         return tokens_per_row(self._stage_model, self._family, self._components.checkpoint, request)
+
+    def _fastest_s(self, request: GenerationRequest, rows: int, threads: int) -> float:
+        """Seconds of the fastest tick of `rows` requests on so many threads."""
+        self._executor.limit_threads([(rows * self._tokens(request), threads)])
+        return self._agreed(min(self._durations_s(request, rows, _MAX_RUNS)[1:]))
+
+    def _with_fewer_threads(self, request: GenerationRequest, rows: int, seconds: float) -> tuple[int, float]:
+        """The fewest threads with which a batch is as fast as with all of them, and what it takes; found by halving.
+
+        seconds: what it takes with all.
+        """
+        threads, allowed_s = self._executor.num_threads, _AS_FAST * seconds
+        while threads > 1 and (slower_s := self._fastest_s(request, rows, threads // 2)) <= allowed_s:
+            threads, seconds = threads // 2, slower_s
+        return threads, seconds
 
     def _durations_s(self, request: GenerationRequest, rows: int, max_runs: int) -> list[float]:
         """Seconds of each of some ticks of `rows` requests."""
@@ -268,7 +304,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 
 def keep_memory_limit(path: Path, device: str, limit: int) -> None:
     """Add to a calibration, or to the place of one, that batches of more than `limit` tokens ran out of memory."""
-    known = read_calibration(path) or Calibration(device=device, max_batch_tokens=0, measurements=[])
+    known = read_calibration(path) or uncalibrated(device)
     if not known.memory_limit or limit < known.memory_limit:
         write_calibration(path, msgspec.structs.replace(known, memory_limit=limit))
 

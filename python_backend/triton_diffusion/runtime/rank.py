@@ -32,6 +32,7 @@ from triton_diffusion.runtime.calibration import (
     device_name,
     keep_memory_limit,
     read_calibration,
+    uncalibrated,
     write_calibration,
 )
 from triton_diffusion.runtime.inbox import Inbox
@@ -215,10 +216,9 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
     warm_up = WarmUp(launch.stage_model, executor, stage.family, stage.components, group)
     if not warm_up.can_run:
         limit = launch.max_batch_tokens or warm_up.tokens_of_default()
-        return Calibration(device=device, max_batch_tokens=executor.fitting(limit), measurements=[])
+        return uncalibrated(device, executor.fitting(limit))
     if launch.max_batch_tokens:
-        measurements = known.measurements if known else []
-        known = Calibration(device=device, max_batch_tokens=launch.max_batch_tokens, measurements=measurements)
+        known = msgspec.structs.replace(known or uncalibrated(device), max_batch_tokens=launch.max_batch_tokens)
     elif known is None or not known.max_batch_tokens:
         with alone_on_this_machine(path) if group.is_main else contextlib.nullcontext():
             started = time.monotonic()
@@ -226,13 +226,15 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
         if group.is_main:
             write_calibration(path, known)
             logger.info(
-                "max_batch_tokens=%d, measured in %.1f s: %s; kept in %s",
+                "max_batch_tokens=%d, measured in %.1f s: %s; threads of small batches: %s; kept in %s",
                 known.max_batch_tokens,
                 time.monotonic() - started,
                 ", ".join(f"{tokens} tokens {1000 * seconds:.1f} ms" for tokens, seconds in known.measurements),
+                ", ".join(f"up to {tokens} tokens {threads}" for tokens, threads in known.threads_by_tokens) or "all",
                 path,
             )
     executor.limit_batch(executor.fitting(known.max_batch_tokens))
+    executor.limit_threads(known.threads_by_tokens)
     took = warm_up.warm_up(launch.warmup_sizes, executor.fitting(known.max_batch_tokens))
     executor.forget()
     return msgspec.structs.replace(

@@ -79,6 +79,9 @@ class RankExecutor:
         self._faults = faults
         self._held: dict[str, _Held] = {}
         self._copied: dict[str, _Copied] = {}
+        self._threads_by_tokens: Sequence[tuple[int, int]] = ()
+        self.num_threads = torch.get_num_threads()
+        """Those of this process."""
         self.memory_limit = 0
         """Tokens of a batch that memory was not too small for; 0: it never was."""
         self.on_memory_limit: Callable[[int], None] = lambda _: None
@@ -99,6 +102,10 @@ class RankExecutor:
     def limit_batch(self, max_batch_tokens: int) -> None:
         """Tell the stage what a forward pass may hold at most."""
         self._plan.on_tick.limit_batch(max_batch_tokens)
+
+    def limit_threads(self, threads_by_tokens: Sequence[tuple[int, int]]) -> None:
+        """Run ticks on as many threads as they keep busy: (tokens at most, threads), in rising order; others on all."""
+        self._threads_by_tokens = threads_by_tokens
 
     def limit_memory(self, max_batch_tokens: int) -> None:
         """Never run more than this together: it ran out of memory, now or before this process was started."""
@@ -126,7 +133,9 @@ class RankExecutor:
         self._began_anew = []
         failed = self._prepare(tick.rows)
         rows = [row for row in tick.rows if row[0] in self._held]
-        counts = {"batch_rows_total": len(rows), "batch_tokens_total": self._tokens(rows)}
+        tokens = self._tokens(rows)
+        self._use_threads(tokens)
+        counts = {"batch_rows_total": len(rows), "batch_tokens_total": tokens}
         for _ in range(tick.num_steps):
             if rows:
                 failed |= self._step(rows)
@@ -149,6 +158,12 @@ class RankExecutor:
             max_batch_tokens=self.memory_limit if self.memory_limit != known_limit else 0,
             began_anew=self._began_anew,
         )
+
+    def _use_threads(self, tokens: int) -> None:
+        limits = self._threads_by_tokens
+        threads = next((threads for most, threads in limits if tokens <= most), self.num_threads)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
     def _prepare(self, rows: Rows) -> dict[str, DiffusionError]:
         """Run the admission stages of requests that are new; returns those that failed."""
