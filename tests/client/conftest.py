@@ -10,6 +10,7 @@ import base64
 import http.server
 import io
 import json
+import signal
 import socket
 import ssl
 import threading
@@ -626,6 +627,14 @@ class Caller:
 
 
 CALLERS = [(is_async, protocol) for is_async in (False, True) for protocol in ("grpc", "http")]
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Processes started within heed SIGINT, also where the tests do not: what a shell starts with `&` ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -276,6 +276,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_ctrl_c_cancels_the_requests_and_exits_with_130(triton: TritonDouble, protocol: str) -> None:
     url = triton.grpc_url if protocol == "grpc" else triton.http_url

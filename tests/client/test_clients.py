@@ -419,6 +419,7 @@ def test_cancelling_the_task_cancels_the_request(triton: TritonDouble, protocol:
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 @pytest.mark.parametrize("call", ["client.generate", "list(client.stream"])
 def test_ctrl_c_cancels_the_request(triton: TritonDouble, call: str) -> None:
     script = f"""

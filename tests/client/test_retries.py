@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tests.client.conftest import Caller, TritonDouble
 
+from checkpoints.timing import Clock, wait_until
 from triton_diffusion_client import (
     AccessDeniedError,
     AsyncDiffusionClient,
@@ -50,16 +51,6 @@ TWICE: dict[str, Any] = {"retries": 2}
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of hundredths of a second."""
     monkeypatch.setattr(_retries, "_FIRST_PAUSE_S", 0.01)
-
-
-class Clock:
-    """Seconds that pass when told."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def attempts_of(
@@ -174,13 +165,6 @@ def test_a_server_that_comes_back_is_found(caller: Caller, triton: TritonDouble)
             returned[0].stop()
     assert generated.seeds == streamed[-1].seeds == [7]
     assert [request.value("seed") for request in returned[0].received] == [7, 7]
-
-
-def wait_until(condition: Any) -> None:
-    deadline_s = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import tritonclient.grpc
 from tests.end_to_end.conftest import RunningServer, own_server
 from tritonclient.utils import InferenceServerException
 
+from checkpoints.timing import wait_until
 from triton_diffusion.runtime.stub_processes import find_stubs, is_alive
 from triton_diffusion.supervisor import Supervisor
 from triton_diffusion_client import DiffusionClient, GenerationResult, Progress
@@ -45,13 +46,6 @@ class Supervised:
     def wait_for_report(self, text: str, timeout_s: float = 180.0) -> None:
         """Return when the supervisor has said it."""
         wait_until(lambda: any(text in line for line in self.reports), timeout_s)
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
-    give_up_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_s, f"not within {timeout_s} s"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import logging
 import os
 import shutil
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from checkpoints.reference import Reference
 from checkpoints.requests import make_request
 from checkpoints.services import Caller, error_of, result_of, run_service
 from checkpoints.stages import InProcessStages
+from checkpoints.timing import wait_until
 from triton_diffusion.errors import StageError, WorkerGroupError
 from triton_diffusion.request import GenerationRequest
 
@@ -32,13 +32,6 @@ def denoising(flux_checkpoint: Path) -> Iterator[Caller]:
         patch.setenv("TRITON_DIFFUSION_FAULTS", f"stage=denoising;kill_prompt={POISON};hang_prompt={SLEEPER}")
         with run_service("denoising", flux_checkpoint, watchdog_floor_s=1.0, watchdog_ceiling_s=3.0) as caller:
             yield caller
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.02)
 
 
 def assert_latents(blob: bytes, request: GenerationRequest, reference: Reference) -> None:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
+from checkpoints.timing import Clock
 from triton_diffusion.config import StageConfig
 from triton_diffusion.runtime.restarts import Restarts
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def make_restarts(clock: Clock) -> Restarts:

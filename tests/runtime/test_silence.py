@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
+from checkpoints.timing import Clock
 from triton_diffusion.runtime.silence import Silence
-
-
-class Clock:
-    """A clock that stands until it is told to go on."""
-
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def observe(silence: Silence, clock: Clock, beats: dict[int, int], after_s: float) -> dict[int, float]:

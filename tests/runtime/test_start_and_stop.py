@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,6 +14,7 @@ import pytest
 
 from checkpoints.requests import make_blob, make_request
 from checkpoints.services import error_of, run_service
+from checkpoints.timing import wait_until
 from triton_diffusion.config import StageConfig
 from triton_diffusion.errors import ConfigurationError, ShuttingDownError, WorkerGroupError
 from triton_diffusion.runtime.service import StageService
@@ -40,13 +39,6 @@ def own_run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.05)
 
 
 def is_running(pid: int) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ from checkpoints.reference import Reference
 from checkpoints.requests import make_blob, make_request
 from checkpoints.services import Caller, error_of, result_of, run_service, run_services
 from checkpoints.stages import InProcessStages
+from checkpoints.timing import wait_until
 from triton_diffusion.errors import DiffusionError
 from triton_diffusion.runtime.messages import TickDone
 from triton_diffusion.state import RequestState
@@ -196,10 +196,3 @@ def test_what_waits_goes_back_to_a_replica_that_is_up_again(two_replicas: Caller
     for request_id, future in futures.items():
         two_replicas.cancel(request_id)
         error_of(future)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.02)

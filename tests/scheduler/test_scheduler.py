@@ -6,18 +6,9 @@ from typing import Any
 
 import pytest
 
+from checkpoints.timing import Clock
 from triton_diffusion.errors import QueueFullError
 from triton_diffusion.scheduler import CostModel, RowId, Scheduler, Tick, Work
-
-
-class Clock:
-    """Seconds, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def make_scheduler(**values: Any) -> Scheduler:
