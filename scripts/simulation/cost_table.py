@@ -59,7 +59,9 @@ def load_cost_table(given: str, max_batch_tokens: int | None = None) -> CostTabl
     """
     where, content = named_or_file("cost table", given, "cost_tables.json")
     required = ("device", "max_batch_tokens", "measurements")
-    content = check_keys(where, content, required, ("source", "row_tokens", "other_sizes", "attention_tokens"))
+    of_the_server = ("threads_by_tokens", "memory_limit")
+    optional = ("source", "row_tokens", "other_sizes", "attention_tokens", *of_the_server)
+    content = check_keys(where, content, required, optional)
     measurements = _measurements(where, content["measurements"])
     curves = {
         int(number(f"{where}: row_tokens", content.get("row_tokens", measurements[0][0]), whole=True)): measurements

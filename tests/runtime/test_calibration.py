@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 
@@ -17,9 +18,11 @@ from triton_diffusion.errors import DiffusionError
 from triton_diffusion.families.flux import FAMILY
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.loading.components import Components, load_components
+from triton_diffusion.runtime import calibration
 from triton_diffusion.runtime.calibration import (
     Calibration,
     WarmUp,
+    alone_on_this_machine,
     cache_path,
     read_calibration,
     uncalibrated,
@@ -180,6 +183,39 @@ def test_another_dtype_number_of_threads_or_layout_is_another_file(flux_checkpoi
     }
     assert len(paths) == 8
     assert {path.parent for path in paths} == {cache / "calibration"}
+
+
+# When it is measured.
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How busy every core is at each look; the last one stays."""
+    percents = [0.0]
+    monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: [percents.pop(0) if percents[1:] else percents[0]] * 99)
+    return percents
+
+
+def test_it_is_measured_when_the_other_stages_have_loaded(cache: Path, busy: list[float]) -> None:
+    busy[:] = [90.0, 80.0, 16.0, 3.0]
+    with alone_on_this_machine(cache / "file.json"):
+        assert busy == [3.0]
+
+
+def test_cores_that_are_never_quiet_are_not_waited_for_for_ever(
+    cache: Path, busy: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy[:] = [90.0]
+    monkeypatch.setattr(calibration, "_QUIET_TIMEOUT_S", 0.1)
+    with alone_on_this_machine(cache / "file.json"):
+        assert busy == [90.0]
+
+
+def test_a_folder_that_cannot_be_made_keeps_nobody_from_measuring(tmp_path: Path, busy: list[float]) -> None:
+    (tmp_path / "file").write_text("")
+    busy[:] = [90.0, 3.0]
+    with alone_on_this_machine(tmp_path / "file" / "x.json"):
+        assert busy == [3.0]
 
 
 # In a stage that starts.

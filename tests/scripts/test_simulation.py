@@ -19,6 +19,7 @@ from simulation.report import GroupSummary, summarise
 from simulation.simulator import Ended, Result, Settings, SimulatedPolicy, simulate
 from simulation.workload import Kind, Workload, capacity_per_s, load_mix
 from triton_diffusion.errors import ConfigurationError
+from triton_diffusion.runtime.calibration import Calibration, write_calibration
 from triton_diffusion.scheduler import Scheduler
 
 TABLE = load_cost_table("demo-cpu")
@@ -213,7 +214,9 @@ def test_arrivals_have_the_asked_rate_in_the_mean(arrivals: str) -> None:
 
 def test_a_cost_table_is_read_as_the_server_writes_it(tmp_path: Path) -> None:
     file = tmp_path / "denoising.json"
-    file.write_text('{"device": "x", "max_batch_tokens": 80, "measurements": [[40, 2.0], [80, 3.0], [160, 6.0]]}')
+    measured = [(40, 2.0), (80, 3.0), (160, 6.0)]
+    kept = Calibration(device="x", max_batch_tokens=80, measurements=measured, threads_by_tokens=[(40, 1)])
+    write_calibration(file, kept)
     table = load_cost_table(str(file))
     assert (table.max_batch_tokens, table.row_tokens) == (80, 40)
     assert [table.tick_s(tokens, 40) for tokens in (20, 40, 60, 160, 320)] == [1.5, 2.0, 2.5, 6.0, 12.0]

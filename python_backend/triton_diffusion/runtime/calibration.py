@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+import psutil
 import torch
 
 from triton_diffusion.distributed.group import RankGroup
@@ -48,6 +50,8 @@ _MAX_SECONDS = 30.0
 _WORTHWHILE = 1.03
 # The smallest batch with this share of the best speed is the one: a smaller batch is a faster step for all in it.
 _GOOD_ENOUGH = 0.97
+# Cores count as quiet when others have less of them for so long; it is not waited for longer than so many seconds.
+_QUIET_PERCENT, _QUIET_INTERVAL_S, _QUIET_TIMEOUT_S = 15.0, 0.3, 10.0
 # Half of the threads are enough for a batch that takes at most so many times as long with them.
 _AS_FAST = 1.05
 
@@ -311,16 +315,29 @@ def keep_memory_limit(path: Path, device: str, limit: int) -> None:
 
 @contextlib.contextmanager
 def alone_on_this_machine(path: Path) -> Iterator[None]:
-    """Wait until no other stage measures: they start at the same time and often share a device."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = (path.parent / "lock").open("w")
-    except OSError:
+    """Wait until no other stage measures: they start at the same time and often share a device. And for a moment until
+    they have loaded, too, for then they come to wait here, and leave the cores alone.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((path.parent / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for_quiet_cores()
         yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+
+
+def _wait_for_quiet_cores() -> None:
+    give_up_s = time.monotonic() + _QUIET_TIMEOUT_S
+    while _busy_percent() > _QUIET_PERCENT and time.monotonic() < give_up_s:
+        pass
+
+
+def _busy_percent() -> float:
+    """How busy others keep the cores that we may use, looked at for a while in which this process does nothing."""
+    by_core = psutil.cpu_percent(_QUIET_INTERVAL_S, percpu=True)
+    ours = [by_core[core] for core in os.sched_getaffinity(0) if core < len(by_core)]
+    return statistics.fmean(ours) if ours else 0.0
 
 
 def _cache_folder() -> Path:
