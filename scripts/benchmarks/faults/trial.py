@@ -15,7 +15,7 @@ from benchmarks.faults.examiner import Examiner
 from benchmarks.faults.ranks import Fault, Injector
 from benchmarks.faults.recovery import ServerLog
 from benchmarks.picture import PictureRequest
-from benchmarks.serving.load import Planned, Sent, closed_loop
+from benchmarks.serving.load import Planned, Sent, closed_loop, counted
 from benchmarks.serving.schedule import draw_prompt, even_mix
 
 FEWEST_STEPS, MOST_STEPS = 8, 32
@@ -68,7 +68,7 @@ async def undisturbed_trial(
 ) -> Trial:
     """The clients alone."""
     begin_s = time.time()
-    plan = _plan(requests, lambda: time.time() < begin_s + duration_s)
+    plan = counted(_plan(requests, lambda: time.time() < begin_s + duration_s), "without faults", duration_s)
     sent = await closed_loop(examiner.ask, plan, clients=clients, check=_take_any)
     return Trial(examiner=examiner, begin_s=begin_s, duration_s=duration_s, sent=sent)
 
@@ -94,7 +94,7 @@ async def disturbed_trial(
         await log.wait_until_recovered(injector.faults, _SETTLING_TIMEOUT_S)
 
     disturbing = asyncio.create_task(disturb())
-    plan = _plan(requests, lambda: not disturbing.done())
+    plan = counted(_plan(requests, lambda: not disturbing.done()), "with faults", duration_s)
     sent = await closed_loop(examiner.ask, plan, clients=clients, check=_take_any)
     await disturbing
     return Trial(

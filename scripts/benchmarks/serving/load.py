@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from benchmarks.picture import PictureRequest
 from benchmarks.serving.schedule import Arrival
 
@@ -41,6 +43,11 @@ class Sent:
     def latency_s(self) -> float:
         """Seconds until the answer."""
         return self.ended_s - self.sent_s
+
+
+def counted(plan: Iterator[Planned], title: str, duration_s: float) -> Iterator[Planned]:
+    """The plan, with a line on stderr that counts its requests and the time, of so many seconds."""
+    return iter(tqdm(plan, desc=f"{title}, {duration_s / 60:g} min", unit="request", mininterval=1.0))
 
 
 def require_png(answer: bytes) -> None:

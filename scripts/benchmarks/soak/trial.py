@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.faults.ranks import Fault, Injector
-from benchmarks.serving.load import Sent, closed_loop
+from benchmarks.serving.load import Sent, closed_loop, counted
 from benchmarks.soak.growth import WARM_UP
 from benchmarks.soak.mixed import MixedCaller, mixed_plan
 from benchmarks.soak.resources import Snapshot, watch
@@ -62,8 +62,10 @@ async def soak(
         watching = asyncio.create_task(watch(server, temporary_folder, snapshots, every_s=look_every_s))
         try:
             plan = mixed_plan(seed, max_sequence_length, lambda: time.time() < warm_s)
+            plan = counted(plan, "soak, warm-up", warm_s - begin_s)
             sent = await closed_loop(caller.ask, plan, clients=2 * clients, check=_take_any)
             plan = mixed_plan(seed + 1, max_sequence_length, lambda: time.time() < end_s)
+            plan = counted(plan, "soak", end_s - warm_s)
             sent += await closed_loop(caller.ask, plan, clients=clients, check=_take_any)
             await disturbing
         finally:
