@@ -61,6 +61,10 @@ class TritonInstallation:
         )
         # Log lines of the models reach us when they are written, in the order of the server's own.
         environment["PYTHONUNBUFFERED"] = "1"
+        # By default glibc gives every thread a heap of its own, up to 8 a core, each of which stays as large as it once
+        # was: measured over 1,000 mixed requests, a third of them cancelled, a chain model grows from 26 to 33 MiB, and
+        # tritonserver from 51 to 77; with two heaps to 28, where it stays, and to 72.
+        environment.setdefault("MALLOC_ARENA_MAX", "2")
         return environment
 
 
