@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.http
 from tests.server.conftest import CONFIG
@@ -80,6 +81,21 @@ def _listening_sockets() -> list[tuple[str, int]]:
                 address = "127.0.0.1" if address.endswith("0100007F") else address
                 found.append((address, int(port, 16)))
     return found
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "2"), ("7", "7")])
+def test_malloc_has_few_arenas_unless_the_operator_says_otherwise(
+    tmp_path, write_model, monkeypatch, given, expected
+) -> None:
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    if given:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", given)
+    with TritonServer(write_model(), log_file=tmp_path / "log", extra_arguments=FAST) as server:
+        server.wait_until_ready(timeout_s=60)
+        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children()]
+        assert len(processes) > 1
+        assert {process.environ()["MALLOC_ARENA_MAX"] for process in processes} == {expected}
+        server.kill()
 
 
 def test_a_model_that_fails_to_load_is_named_with_its_reason(tmp_path, write_model, leftovers) -> None:
