@@ -34,7 +34,7 @@ from triton_diffusion.runtime.faults import VARIABLE as FAULTS_VARIABLE
 from triton_diffusion.runtime.messages import AdmitRequest, RunTick
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.runtime.work import rows_and_steps, tokens_per_row
-from triton_diffusion.stages.executor import pack_tensors
+from triton_diffusion.stages.packing import pack_tensors
 from triton_diffusion.state import RequestState
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from triton_diffusion.runtime.last_words import LastWords
 from triton_diffusion.runtime.memory import is_out_of_memory, too_large
 from triton_diffusion.runtime.messages import AdmitRequest, Checkpoint, RunTick, TickDone
 from triton_diffusion.stages.base import StageRequest
-from triton_diffusion.stages.executor import pack_tensors, run_stage
+from triton_diffusion.stages.executor import run_stage
+from triton_diffusion.stages.packing import pack_tensors
 from triton_diffusion.stages.plan import StagePlan
 from triton_diffusion.state import read_state
 

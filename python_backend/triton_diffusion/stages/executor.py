@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.stages.base import PipelineStage, StageParallelism, StageRequest
+from triton_diffusion.stages.packing import pack_tensors
 
 # The status byte that rank 0 sends before its outputs.
 _OK, _FAILED = b"\1", b"\0"
@@ -29,12 +30,6 @@ def run_stage(stage: PipelineStage[Any], batch: Sequence[Any], group: RankGroup)
                 stage(batch)
         case StageParallelism.MAIN_RANK_ONLY_AND_SEND_TO_OTHERS:
             _run_and_send(stage, batch, group)
-
-
-def pack_tensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors blob of tensors that may be parts of one batch, or even the same tensor twice: each is copied."""
-    copies = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return save(copies, metadata)
 
 
 def _run_and_send(stage: PipelineStage[StageRequest], batch: Sequence[StageRequest], group: RankGroup) -> None:

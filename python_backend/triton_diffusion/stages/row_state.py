@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from triton_diffusion.errors import DiffusionError, StageError
 from triton_diffusion.stages.base import DenoiseRow
+from triton_diffusion.stages.packing import pack_contiguous
 from triton_diffusion.state import read_metadata
 
 _ROWS = "rows"
@@ -52,7 +53,7 @@ class RowStates:
         if self._copied is not None:
             self._copied.synchronize()
         tensors = {str(number): tensor for number, tensor in enumerate(self._tensors)}
-        return save(tensors, {_ROWS: json.dumps(self._rows)})
+        return pack_contiguous(tensors, {_ROWS: json.dumps(self._rows)})
 
     def _describe_row(self, row: DenoiseRow) -> dict[str, Any]:
         return {

@@ -22,7 +22,7 @@ from triton_diffusion.request import GenerationRequest, example_request
 from triton_diffusion.runtime.messages import AdmitRequest, RunTick
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.runtime.stage_loading import load_stage
-from triton_diffusion.stages.executor import pack_tensors
+from triton_diffusion.stages.packing import pack_tensors
 from triton_diffusion.state import RequestState
 
 _TEXT_TOKENS = 48
