@@ -154,7 +154,7 @@ def test_a_server_that_comes_back_is_found(caller: Caller, triton: TritonDouble)
             threads.submit(call, "slow", client={"retries": 20, "connect_timeout_s": 0.1}, num_inference_steps=20)
             for call in (caller.generate, caller.stream)
         ]
-        wait_until(lambda: len(triton.received) == 2)
+        wait_until(lambda: len(triton.received) == 2, timeout_s=10.0)
         triton.die()
         triton.stop()
         time.sleep(0.3)
@@ -174,7 +174,7 @@ def test_a_cancel_ends_the_pause_at_once(triton: TritonDouble, protocol: Any) ->
     started_s = time.monotonic()
     with DiffusionClient(url, protocol) as client, ThreadPoolExecutor() as threads:
         waiting = threads.submit(client.generate, "x", request_id="r1")
-        wait_until(lambda: any(attempts.is_pausing for attempts in client._under_way))
+        wait_until(lambda: any(attempts.is_pausing for attempts in client._under_way), timeout_s=10.0)
         assert client.cancel("r1")
         with pytest.raises(RequestCancelledError) as caught:
             waiting.result(5)
@@ -199,7 +199,7 @@ def test_closing_the_client_ends_the_pause(triton: TritonDouble) -> None:
     client = DiffusionClient(triton.grpc_url)
     with ThreadPoolExecutor() as threads:
         waiting = threads.submit(client.generate, "x")
-        wait_until(lambda: any(attempts.is_pausing for attempts in client._under_way))
+        wait_until(lambda: any(attempts.is_pausing for attempts in client._under_way), timeout_s=10.0)
         client.close()
         with pytest.raises(RequestCancelledError):
             waiting.result(5)

@@ -180,7 +180,7 @@ def test_a_request_whose_checkpoint_cannot_be_used_begins_anew(
 
 def test_what_waits_goes_back_to_a_replica_that_is_up_again(two_replicas: Caller, in_process: InProcessStages) -> None:
     """Of another size, it would wait for ever behind the request that runs at the other replica."""
-    wait_until(lambda: all(replica.ready for replica in two_replicas.service._replicas))
+    wait_until(lambda: all(replica.ready for replica in two_replicas.service._replicas), timeout_s=30.0)
     sizes = {"one": 32, "other": 64, "another": 96, "last": 128}
     futures = {
         request_id: two_replicas.send(
@@ -191,8 +191,8 @@ def test_what_waits_goes_back_to_a_replica_that_is_up_again(two_replicas: Caller
     two_replicas.progress("one", 1)
     scheduler = two_replicas.service._scheduler
     os.kill(two_replicas.pids(0)[0], signal.SIGKILL)
-    wait_until(lambda: not scheduler.requests_of(0))
-    wait_until(lambda: bool(scheduler.requests_of(0)))
+    wait_until(lambda: not scheduler.requests_of(0), timeout_s=30.0)
+    wait_until(lambda: bool(scheduler.requests_of(0)), timeout_s=30.0)
     for request_id, future in futures.items():
         two_replicas.cancel(request_id)
         error_of(future)
