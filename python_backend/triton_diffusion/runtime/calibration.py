@@ -110,13 +110,13 @@ class WarmUp:
         measured: list[tuple[int, float]] = []
         threads_by_tokens: list[tuple[int, int]] = []
         all_threads = self._executor.num_threads
-        keeps_all_busy = self._group.device.type != "cpu"
+        may_need_fewer = self._group.device.type == "cpu"
         started = time.monotonic()
         rows, idle_doublings = 1, 0
         while rows <= _MAX_ROWS and idle_doublings < 2 and self._agreed(time.monotonic() - started) < _MAX_SECONDS:
             try:
-                seconds = self._fastest_s(request, rows, all_threads)
-                if not keeps_all_busy:
+                threads, seconds = all_threads, self._fastest_s(request, rows, all_threads)
+                if may_need_fewer:
                     threads, seconds = self._with_fewer_threads(request, rows, seconds)
             except DiffusionError as error:
                 if not measured:
@@ -128,9 +128,9 @@ class WarmUp:
                 break
             best = max(map(_speed, measured), default=0.0)
             measured.append((rows * tokens, seconds))
-            if not keeps_all_busy:
-                keeps_all_busy = threads == all_threads
-                threads_by_tokens += [] if keeps_all_busy else [(rows * tokens, threads)]
+            may_need_fewer = threads < all_threads
+            if may_need_fewer:
+                threads_by_tokens.append((rows * tokens, threads))
             idle_doublings = 0 if _speed(measured[-1]) > _WORTHWHILE * best else idle_doublings + 1
             rows *= 2
         best = max(map(_speed, measured))
