@@ -29,6 +29,8 @@ def test_every_field_is_read_back_from_its_text(config_class: type[StageConfig] 
         "ring_degree": "2",
         "ulysses_degree": "2",
         "enable_cfg_parallel": "True",
+        # For replicas of one rank, which have no degrees.
+        "num_cores": "0",
         "take_turns": "False",
         "spare_ranks": "False",
         "vae_tiling": "on",
@@ -86,7 +88,11 @@ def test_a_timeout_that_is_not_a_number_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["num_gpus", "dp_size", "num_threads", "max_batch_tokens", "max_queue_cost", "prompt_cache_bytes"]
+    "name",
+    [
+        *("num_gpus", "dp_size", "num_threads", "num_cores", "ulysses_degree"),
+        *("max_batch_tokens", "max_queue_cost", "prompt_cache_bytes"),
+    ],
 )
 def test_zero_chooses_where_a_negative_number_is_refused(name: str) -> None:
     StageConfig.from_parameters({name: "0"})
@@ -262,6 +268,16 @@ def test_threads_are_shared_between_the_ranks_but_never_none() -> None:
     assert StageConfig(num_gpus=10_000).threads_per_rank == 1
     assert StageConfig(num_gpus=1).threads_per_rank >= 1
     assert StageConfig(num_gpus=10_000, num_threads=3).threads_per_rank == 3
+
+
+def test_a_batch_waits_for_a_core_for_each_thread_unless_num_cores_says_otherwise() -> None:
+    assert StageConfig(num_threads=4).cores_per_rank == 4
+    assert StageConfig(num_threads=4, num_cores=2).cores_per_rank == 2
+    assert StageConfig(num_gpus=10_000, num_cores=2).cores_per_rank == 1
+    with pytest.raises(ConfigurationError, match="num_cores=3 must be at most num_threads=2"):
+        StageConfig(num_threads=2, num_cores=3)
+    with pytest.raises(ConfigurationError, match="num_cores=1 is for replicas of one rank, not 2"):
+        StageConfig(num_gpus=2, dp_size=1, num_cores=1)
 
 
 def test_the_limits_that_are_documented_are_the_defaults() -> None:

@@ -26,6 +26,12 @@ _AXES = {
     "prior_generation": "one rank a replica",
 }
 
+# What says how many processes a stage has, and where and on how many threads they run.
+_PLACING = (
+    *("num_gpus", "dp_size", "gpu_device_ids", "tp_size", "ulysses_degree", "ring_degree", "enable_cfg_parallel"),
+    *("num_threads", "num_cores"),
+)
+
 # Above these a request is surely a mistake, whatever the deployment allows.
 HIGHEST = {
     "height": 65_536,
@@ -97,6 +103,9 @@ class StageConfig:
     several ranks can share them."""
     num_threads: int = 0
     """Torch threads of a rank on the CPU; 0 divides the cores by the ranks of this stage."""
+    num_cores: int = 0
+    """On the CPU, for replicas of one rank: cores that a batch waits for; of its further threads as many run as there
+    are idle cores when it starts. 0: a core for each thread."""
     take_turns: bool = True
     """On the CPU: ticks of the stages that have the same cores run one behind the other, not at once."""
     max_queue_size: int = 256
@@ -150,8 +159,9 @@ class StageConfig:
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be greater than 0")
         for name in ("checkpoint_steps", "watchdog_ceiling_s"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 switches it off")
-        for name in ("num_gpus", "dp_size", "num_threads", "max_queue_cost", "max_batch_tokens", "ulysses_degree"):
+        for name in ("num_gpus", "dp_size", "num_threads", "num_cores", "max_queue_cost", "max_batch_tokens"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 chooses it")
+        _require(self.ulysses_degree >= 0, f"ulysses_degree={self.ulysses_degree} must not be negative; 0 chooses it")
         for name in ("tp_size", "ring_degree"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be 1 (off) or more")
         _require(
@@ -160,6 +170,15 @@ class StageConfig:
         )
         self.device_ids()
         self.warmup_sizes()
+        _require(
+            self.num_cores <= (self.num_threads or self.num_cores),
+            f"num_cores={self.num_cores} must be at most num_threads={self.num_threads}, a thread for each",
+        )
+        _require(
+            not self.num_cores or self.ranks_per_replica == 1,
+            f"num_cores={self.num_cores} is for replicas of one rank, not {self.ranks_per_replica}; leave it out, or "
+            "change num_gpus or dp_size",
+        )
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> StageConfig:
@@ -228,6 +247,16 @@ class StageConfig:
     def threads_per_rank(self) -> int:
         """Torch threads of one rank."""
         return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.num_ranks)
+
+    @property
+    def cores_per_rank(self) -> int:
+        """Cores that a batch of one rank waits for, on the CPU."""
+        return min(self.num_cores or self.threads_per_rank, self.threads_per_rank)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it says anything of ranks, threads or cores."""
+        return any(getattr(self, name) != getattr(StageConfig, name) for name in _PLACING)
 
     def device_ids(self) -> list[list[str]]:
         """The GPU ids of each replica, one inner list a replica, one id a rank."""

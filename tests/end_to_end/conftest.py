@@ -128,7 +128,7 @@ def tensor(module: Any, name: str, value: Any, datatype: str | None = None) -> A
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that all tests share; a test that breaks it must leave it as it was."""
     folder = tmp_path_factory.mktemp("server")
-    settings = {"dtype": "float32", "max_num_inference_steps": "200", "max_concurrent_requests": "256"}
+    settings = {"dtype": "float32", "max_num_inference_steps": "200", "max_concurrent_requests": "256", "num_gpus": "0"}
     with own_server(folder, settings, stages=STAGE_MODELS) as running:
         yield running
 
@@ -143,8 +143,9 @@ def own_server(
     **options: Any,
 ) -> Iterator[RunningServer]:
     """A server of its own with certain parameters; on the way out nothing of it may be left."""
-    # Spares would take the cores from the tests as they start; those of tests/runtime look at them.
-    settings = {"spare_ranks": "false"} | settings
+    # Spares and further replicas would take the cores from the tests as they start; those of tests/runtime look at
+    # spares, and the server that most tests share has as many replicas as it chooses.
+    settings = {"spare_ranks": "false", "num_gpus": "1"} | settings
     repository = build_repository(folder / "models", settings, stages=stages, response_cache=response_cache)
     before = shared_memory()
     with TritonServer(repository, log_file=folder / "server.log", exit_timeout_s=20, **options) as process:

@@ -70,8 +70,8 @@ class TimedExecutor(RankExecutor):
         self.runs: set[tuple[int, int]] = set()
         """(rows, threads) of the ticks that were run."""
 
-    def run(self, tick: RunTick) -> TickDone:
-        done = super().run(tick)
+    def run(self, tick: RunTick, num_threads: int | None = None) -> TickDone:
+        done = super().run(tick, num_threads)
         values: dict[str, Any] = {name: getattr(done, name) for name in done.__struct_fields__}
         rows, threads = len(tick.rows), torch.get_num_threads()
         self.runs.add((rows, threads))
@@ -149,6 +149,18 @@ def test_a_tick_has_the_threads_of_its_tokens(flux_checkpoint: Path) -> None:
     executor.limit_threads([(TOKENS, 1), (2 * TOKENS, 2)])
     WarmUp("denoising", executor, FAMILY, components, alone()).warm_up(None, 4 * TOKENS)
     assert executor.runs == {(1, 1), (4, 3)}
+
+
+def test_a_tick_has_no_more_threads_than_it_is_allowed(flux_checkpoint: Path) -> None:
+    executor = TimedExecutor(components_of(flux_checkpoint, "denoising"), {}, num_threads=3)
+    executor.limit_threads([(0, 1)])
+    for allowed in (2, None):
+        executor.run(RunTick(tick_id=1, rows=[], num_steps=1), allowed)
+        assert torch.get_num_threads() == 1
+    executor.limit_threads([])
+    for allowed, expected in ((2, 2), (None, 3)):
+        executor.run(RunTick(tick_id=1, rows=[], num_steps=1), allowed)
+        assert torch.get_num_threads() == expected
 
 
 # The file.

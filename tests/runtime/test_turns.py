@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -108,6 +109,24 @@ def test_cores_are_free_while_nobody_has_them_or_waits_for_them(tmp_path: Path) 
         assert not turns.are_free()
         assert Turns(tmp_path, [0]).are_free()
     assert turns.are_free()
+
+
+def test_idle_cores_are_taken_without_waiting_for_others(tmp_path: Path) -> None:
+    turns = Turns(tmp_path, [0, 1, 2])
+    with turns.take_idle() as num_cores:
+        assert num_cores == 3
+        assert not Turns(tmp_path, [2]).are_free()
+    with Turns(tmp_path, [1]).take(), turns.take_idle() as num_cores:
+        assert num_cores == 2
+    assert turns.are_free()
+
+
+def test_a_core_that_another_waits_for_is_not_idle(tmp_path: Path) -> None:
+    # As one that waits for the core: it holds the queue.
+    with (tmp_path / "core-0.queue").open("w") as queue:
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        with Turns(tmp_path, [0]).take_idle() as num_cores:
+            assert num_cores == 0
 
 
 def test_only_turns_that_count_are_counted_and_by_all_processes(tmp_path: Path) -> None:

@@ -168,6 +168,17 @@ def test_the_next_tick_can_be_had_while_earlier_ones_are_out() -> None:
     assert finish(scheduler, second) == ["a"]
 
 
+def test_a_replica_is_alone_while_no_other_has_a_request() -> None:
+    scheduler = make_scheduler(num_replicas=2)
+    scheduler.submit(work("a"))
+    assert scheduler.is_alone(0)
+    scheduler.submit(work("b"))
+    assert not scheduler.is_alone(0)
+    assert not scheduler.is_alone(1)
+    scheduler.remove("a")
+    assert scheduler.is_alone(1)
+
+
 def test_a_tick_that_comes_back_twice_counts_once() -> None:
     scheduler = make_scheduler()
     scheduler.submit(work("a", steps=2))

@@ -69,6 +69,10 @@ class Checkpoint:
             )
         return config[key]
 
+    def weight_bytes(self) -> int:
+        """Size of all files with weights."""
+        return sum(path.stat().st_size for path in self.path.glob("*/*.safetensors"))
+
     def require_safetensors(self, name: str) -> None:
         """Refuse a component that only has pickled weights.
 

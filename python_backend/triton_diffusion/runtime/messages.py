@@ -36,6 +36,8 @@ class RunTick(Message, frozen=True, kw_only=True):
     tick_id: int
     rows: list[tuple[str, int]]
     num_steps: int
+    alone: bool = True
+    """Whether no other replica of the stage has anything to do: idle cores may be used."""
 
 
 class DropRequest(Message, frozen=True, kw_only=True):
@@ -113,6 +115,8 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     cores: list[int]
     """Cores of the group that it takes turns on with other groups; empty: it takes none."""
+    more_cores: list[int] = []
+    """For the rest of its threads, when nobody else wants them."""
     rank: int
     group_size: int
     replica: int

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -93,7 +94,11 @@ class _ServiceChannel:
         self._socket.connect(launch.endpoint)
         self._inbox = Inbox()
         self._turns = open_turns(launch.cores, counted=launch.stage_model == "denoising")
+        self._more_turns = open_turns(launch.more_cores)
         self._turn = contextlib.ExitStack()
+        self._num_cores = len(launch.cores)
+        self.num_threads: int | None = None
+        """For the tick that was received last; None: all that there are."""
 
     def send(self, message: messages.Message) -> None:
         self._socket.send(messages.encode(message))
@@ -109,7 +114,11 @@ class _ServiceChannel:
         if self._turns is not None and self._inbox.next_is_tick:
             self._turn.enter_context(self._turns.take())
             self._take_in()
-        return messages.encode(self._inbox.take())
+        message = self._inbox.take()
+        if self._more_turns is not None and isinstance(message, RunTick):
+            idle = self._turn.enter_context(self._more_turns.take_idle()) if message.alone else 0
+            self.num_threads = self._num_cores + idle
+        return messages.encode(message)
 
     def end_turn(self) -> None:
         """The tick is through on all ranks."""
@@ -197,11 +206,7 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
     device = device_name(group.device)
     layout = f"{group.size} ranks, {launch.parallel}, attention {launch.attention_backend}, tiles {launch.vae_tiling}"
     path = cache_path(launch.stage_model, stage.components, num_threads=launch.num_threads, layout=layout)
-    # Rank 0's file decides: the others may have none.
-    known = read_calibration(path) if group.is_main else None
-    known = msgspec.json.decode(
-        group.broadcast_bytes(msgspec.json.encode(known) if group.is_main else None), type=Calibration | None
-    )
+    known = _read_calibration(path, group)
     executor = stage.executor
     executor.on_memory_limit = partial(keep_memory_limit, path, device)
     if known is not None and known.memory_limit:
@@ -220,19 +225,7 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
     if launch.max_batch_tokens:
         known = msgspec.structs.replace(known or uncalibrated(device), max_batch_tokens=launch.max_batch_tokens)
     elif known is None or not known.max_batch_tokens:
-        with alone_on_this_machine(path) if group.is_main else contextlib.nullcontext():
-            started = time.monotonic()
-            known = warm_up.calibrate(device)
-        if group.is_main:
-            write_calibration(path, known)
-            logger.info(
-                "max_batch_tokens=%d, measured in %.1f s: %s; threads of small batches: %s; kept in %s",
-                known.max_batch_tokens,
-                time.monotonic() - started,
-                ", ".join(f"{tokens} tokens {1000 * seconds:.1f} ms" for tokens, seconds in known.measurements),
-                ", ".join(f"up to {tokens} tokens {threads}" for tokens, threads in known.threads_by_tokens) or "all",
-                path,
-            )
+        known = _calibrate(warm_up, path, device, group)
     executor.limit_batch(executor.fitting(known.max_batch_tokens))
     executor.limit_threads(known.threads_by_tokens)
     took = warm_up.warm_up(launch.warmup_sizes, executor.fitting(known.max_batch_tokens))
@@ -242,6 +235,35 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
         max_batch_tokens=executor.fitting(known.max_batch_tokens),
         measurements=known.measurements or took,
     )
+
+
+def _calibrate(warm_up: WarmUp, path: Path, device: str, group: RankGroup) -> Calibration:
+    """Measure, and keep it for the next start; or take what another replica has measured meanwhile."""
+    with alone_on_this_machine(path) if group.is_main else contextlib.nullcontext():
+        known = _read_calibration(path, group)
+        if known is not None and known.max_batch_tokens:
+            return known
+        started = time.monotonic()
+        measured = warm_up.calibrate(device)
+        if group.is_main:
+            write_calibration(path, measured)
+    if group.is_main:
+        logger.info(
+            "max_batch_tokens=%d, measured in %.1f s: %s; threads of small batches: %s; kept in %s",
+            measured.max_batch_tokens,
+            time.monotonic() - started,
+            ", ".join(f"{tokens} tokens {1000 * seconds:.1f} ms" for tokens, seconds in measured.measurements),
+            ", ".join(f"up to {tokens} tokens {threads}" for tokens, threads in measured.threads_by_tokens) or "all",
+            path,
+        )
+    return measured
+
+
+def _read_calibration(path: Path, group: RankGroup) -> Calibration | None:
+    """What rank 0's file says, on every rank: the others may have none."""
+    known = read_calibration(path) if group.is_main else None
+    data = group.broadcast_bytes(msgspec.json.encode(known) if group.is_main else None)
+    return msgspec.json.decode(data, type=Calibration | None)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -265,7 +287,7 @@ def _serve(executor: RankExecutor, group: RankGroup, channel: _ServiceChannel | 
             case AdmitRequest() as message:
                 executor.admit(message)
             case RunTick() as tick:
-                done = executor.run(tick)
+                done = executor.run(tick, channel.num_threads if channel else None)
                 if channel:
                     channel.end_turn()
                     channel.send(done)

@@ -127,15 +127,18 @@ class RankExecutor:
         self._plan.on_tick.forget()
 
     @torch.inference_mode()
-    def run(self, tick: RunTick) -> TickDone:
-        """Run a tick; every rank must call this with equal ticks. The answer counts on rank 0 alone."""
+    def run(self, tick: RunTick, num_threads: int | None = None) -> TickDone:
+        """Run a tick; every rank must call this with equal ticks. The answer counts on rank 0 alone.
+
+        num_threads: use no more than these; None: all that there are.
+        """
         started = time.perf_counter()
         known_limit = self.memory_limit
         self._began_anew = []
         failed = self._prepare(tick.rows)
         rows = [row for row in tick.rows if row[0] in self._held]
         tokens = self._tokens(rows)
-        self._use_threads(tokens)
+        self._use_threads(tokens, num_threads or self.num_threads)
         counts = {"batch_rows_total": len(rows), "batch_tokens_total": tokens}
         for _ in range(tick.num_steps):
             if rows:
@@ -160,9 +163,9 @@ class RankExecutor:
             began_anew=self._began_anew,
         )
 
-    def _use_threads(self, tokens: int) -> None:
+    def _use_threads(self, tokens: int, allowed: int) -> None:
         limits = self._threads_by_tokens
-        threads = next((threads for most, threads in limits if tokens <= most), self.num_threads)
+        threads = min(allowed, next((threads for most, threads in limits if tokens <= most), self.num_threads))
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 

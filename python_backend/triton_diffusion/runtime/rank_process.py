@@ -93,13 +93,24 @@ class RankProcess:
 
 def first_core(config: StageConfig, replica: int, rank: int) -> int:
     """Where the cores of a rank begin among those that we may use."""
-    return (replica * config.ranks_per_replica + rank) * config.threads_per_rank
+    return (replica * config.ranks_per_replica + rank) * config.cores_per_rank
 
 
 def group_cores(config: StageConfig, replica: int) -> list[int]:
-    """The cores that the threads of all ranks of a replica are meant for; none where there are GPUs."""
-    num_cores = config.ranks_per_replica * config.threads_per_rank
-    return [] if _has_gpus() else _cores_from(first_core(config, replica, 0), num_cores)
+    """The cores that a batch of a replica waits for, those of all its ranks; none where there are GPUs."""
+    num_cores = config.ranks_per_replica * config.cores_per_rank
+    return [] if has_gpus() else _cores_from(first_core(config, replica, 0), num_cores)
+
+
+def more_cores(config: StageConfig, replica: int) -> list[int]:
+    """The cores for further threads of a replica's rank; none where there are GPUs."""
+    num_cores = config.threads_per_rank - config.cores_per_rank
+    return [] if has_gpus() else _cores_from(first_core(config, replica + 1, 0), num_cores)
+
+
+def has_gpus() -> bool:
+    """Whether this machine has GPUs that ranks run on."""
+    return bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _rank_environment(base: Mapping[str, str], device_id: str, num_threads: int, first_core: int) -> dict[str, str]:
@@ -123,7 +134,7 @@ def _openmp_variables(num_threads: int, first_core: int) -> dict[str, str]:
     message wakes on its sibling's core waits there for a time slice of milliseconds, at every step: so each has a core.
     Threads that spin for long take the cores from the ranks of other stages: so they spin for microseconds.
     """
-    if num_threads == 1 or _has_gpus():
+    if num_threads == 1 or has_gpus():
         return {}
     places = [f"{{{core}}}" for core in _cores_from(first_core, num_threads)]
     return {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(places), "GOMP_SPINCOUNT": "4000"}
@@ -137,13 +148,9 @@ def _malloc_variables() -> dict[str, str]:
     48 ms, and 20 and 35 ms like this. Both are needed: a trim threshold alone maps every tensor anew (115 ms). 32 MiB
     is the most that glibc takes (mallopt(3)).
     """
-    if _has_gpus():
+    if has_gpus():
         return {}
     return {"MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
-
-
-def _has_gpus() -> bool:
-    return bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _cores_from(first: int, count: int) -> list[int]:

@@ -196,9 +196,9 @@ class Replica:
         if self.group is not None:
             self.group.send(message)
 
-    def run(self, tick: Tick, expected_s: float) -> None:
-        """Send a tick, which takes `expected_s` by the cost model."""
-        self.send(RunTick(tick_id=tick.tick_id, rows=list(tick.rows), num_steps=tick.num_steps))
+    def run(self, tick: Tick, expected_s: float, *, alone: bool) -> None:
+        """Send a tick, which takes `expected_s` by the cost model; `alone`: as no other replica has anything to do."""
+        self.send(RunTick(tick_id=tick.tick_id, rows=list(tick.rows), num_steps=tick.num_steps, alone=alone))
         self._watchdog.sent(tick, expected_s)
 
     def stop(self) -> None:

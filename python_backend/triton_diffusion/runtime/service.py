@@ -329,7 +329,7 @@ class StageService:
                     AdmitRequest(request_id=request_id, state=request.blob, checkpoint=request.checkpoint),
                 )
             expected_s = self._scheduler.cost_model.tick_s(tick.tokens, tick.batch_key) * tick.num_steps
-            replica.run(tick, expected_s)
+            replica.run(tick, expected_s, alone=self._scheduler.is_alone(replica.index))
 
     def _has_room(self, replica: Replica) -> bool:
         if replica.num_out == 0:

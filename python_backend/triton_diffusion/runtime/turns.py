@@ -56,6 +56,12 @@ class Turns:
         with contextlib.ExitStack() as held:
             yield not is_stuck and all(self._take_core(*paths, held, deadline_s) for paths in self._paths)
 
+    @contextlib.contextmanager
+    def take_idle(self) -> Iterator[int]:
+        """Within, no other has those of these cores that nobody had or waited for; the number of them."""
+        with contextlib.ExitStack() as held:
+            yield sum(_take_if_free(*paths, held) for paths in self._paths)
+
     def num_taken(self) -> int:
         """Turns that count so far on the first of these cores, whoever took them."""
         file = _open(self._paths[0][1])
@@ -102,6 +108,16 @@ class Turns:
                 return locked.result()
             self._given_up = waiter
             return None
+
+
+def _take_if_free(queue: Path, core: Path, held: contextlib.ExitStack) -> bool:
+    with contextlib.suppress(OSError), contextlib.ExitStack() as place:
+        for path, kept in ((queue, place), (core, held)):
+            file = _open(path)
+            kept.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _open(path: Path) -> int:

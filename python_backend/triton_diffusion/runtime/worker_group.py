@@ -15,7 +15,7 @@ from triton_diffusion.config import StageConfig
 from triton_diffusion.runtime import messages
 from triton_diffusion.runtime.last_words import LastWords, read_last_words
 from triton_diffusion.runtime.messages import FromRanks, Message, RankLaunch, Shutdown
-from triton_diffusion.runtime.rank_process import RankProcess, group_cores
+from triton_diffusion.runtime.rank_process import RankProcess, group_cores, more_cores
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,7 @@ class WorkerGroup:
             dtype=config.dtype,
             num_threads=config.threads_per_rank,
             cores=group_cores(config, self.replica) if config.take_turns else [],
+            more_cores=more_cores(config, self.replica) if config.take_turns else [],
             rank=rank,
             group_size=config.ranks_per_replica,
             replica=self.replica,

@@ -245,6 +245,10 @@ class Scheduler:
         tokens = sum(entry.work.tokens * entry.work.num_rows for entry in waiting)
         return 0 < tokens < self.max_batch_tokens
 
+    def is_alone(self, replica: int) -> bool:
+        """Whether no other replica has a request."""
+        return len(self._replicas[replica].entries) == len(self._entries)
+
     def finish_tick(self, tick_id: int, duration_s: float) -> list[str]:
         """Count the steps of a tick that came back; returns the requests that have an end now, in order.
 

@@ -14,6 +14,7 @@ from triton_diffusion.errors import DiffusionError, InvalidRequestError, from_wi
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.runtime.held_request import Answer
+from triton_diffusion.runtime.placing import place_on_cores
 from triton_diffusion.runtime.service import StageService
 from triton_diffusion.stage_key import check_key, own_key
 from triton_diffusion.state import (
@@ -63,7 +64,7 @@ class StageModel:
                 logger.info("a %s has no %s: this model has nothing to do", checkpoint.pipeline_class, self.stage)
                 self._heartbeat = Heartbeat()
                 return
-            self._service = StageService(self.stage, config)
+            self._service = StageService(self.stage, place_on_cores(config, self.stage, checkpoint))
             self._service.start()
         except DiffusionError as error:
             raise pb_utils.TritonModelException(str(error)) from error
