@@ -15,6 +15,9 @@ import pytest
 from PIL import Image
 from tests.end_to_end.conftest import RunningServer
 
+from triton_diffusion.config import StageConfig
+from triton_diffusion.loading.checkpoint import open_checkpoint
+from triton_diffusion.runtime.placing import place_on_cores
 from triton_diffusion_client import (
     AsyncDiffusionClient,
     DiffusionClient,
@@ -142,7 +145,8 @@ def test_health_tells_of_each_stage_that_it_is_ready(client: DiffusionClient) ->
     assert health.ready
     assert {"text_encoding", "denoising", "decoding"} <= set(health.stages)
     assert all(stage.ready for stage in health.stages.values())
-    assert health.stages["denoising"].ready_replicas == health.stages["denoising"].num_replicas == 1
+    expected = place_on_cores(StageConfig(), "denoising", open_checkpoint("demo")).num_replicas
+    assert health.stages["denoising"].ready_replicas == health.stages["denoising"].num_replicas == expected
 
 
 @pytest.mark.parametrize(("protocol", "steps"), [("grpc", 191), ("http", 192)])

@@ -173,4 +173,4 @@ def test_the_metrics_page_counts_requests_and_steps_of_every_stage(server: Runni
     assert after[done] - before[done] == 1
     assert after['diffusion_ticks_total{model="denoising"}'] - before['diffusion_ticks_total{model="denoising"}'] == 7
     assert after['diffusion_queue_depth{model="denoising"}'] == 0
-    assert after['diffusion_ready_replicas{model="denoising"}'] == 1
+    assert after['diffusion_ready_replicas{model="denoising"}'] == len(server.ranks("denoising"))

@@ -31,6 +31,7 @@ def parallel(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) ->
         "dtype": "float32",
         "warmup_resolutions": "none",
         "max_batch_tokens": "1000",
+        "num_gpus": "0",
         "denoising.ring_degree": "2",
         "denoising.enable_cfg_parallel": "true",
         "text_encoding.tp_size": "2",

@@ -387,7 +387,8 @@ def test_the_response_cache_answers_equal_requests_and_never_with_another_seeds_
 
 
 def test_two_replicas_share_the_requests_by_their_work(tmp_path: Path) -> None:
-    with own_server(tmp_path, {"denoising.gpu_device_ids": "0;1", "denoising.num_threads": "1"}) as server:
+    settings = {"num_gpus": "0", "denoising.gpu_device_ids": "0;1", "denoising.num_threads": "1"}
+    with own_server(tmp_path, settings) as server:
         ranks = server.ranks("denoising")
         assert len(ranks) == 2
         before_s = [sum(rank.cpu_times()[:2]) for rank in ranks]
