@@ -40,7 +40,8 @@ class Share:
     """Shares of one turn, in percent."""
 
     ticks: Mapping[str, float]
-    """Of the wall time, by stage. They take turns on the cores, so together they cannot be more than all of it."""
+    """Of the wall time times the replicas of denoising, by stage. The stages take turns on the cores of these replicas,
+    so together they cannot be more than all of it."""
     cpu: Mapping[str, float]
     """Of all cores over the wall time, by what used them."""
 
@@ -70,7 +71,7 @@ async def _turn(bench: Bench, side: Side) -> Share:
     within = [look for look in looks if begin_s <= look.at_s <= end_s]
     if len(within) < 2:
         raise RuntimeError(f"{num_pictures} pictures are drawn too soon to see the metrics change; ask for more")
-    return _share(within[0], within[-1])
+    return _share(within[0], within[-1], _num_replicas(side))
 
 
 def _watch(side: Ours, looks: list[_Look], stop: threading.Event) -> None:
@@ -105,12 +106,18 @@ def _kind(name: str) -> str:
     return f"{model}, ranks" if separator and rank else name
 
 
-def _share(first: _Look, last: _Look) -> Share:
+def _num_replicas(side: Ours) -> int:
+    """Those of denoising: its first ranks."""
+    return sum(name.startswith("denoising, rank ") and name.endswith(".0") for name in named_processes(side.server))
+
+
+def _share(first: _Look, last: _Look, num_replicas: int) -> Share:
     wall_s = last.at_s - first.at_s
     cores = psutil.cpu_count() or 1
+    percent_of_ticks, percent_of_cpu = 100 / (num_replicas * wall_s), 100 / (cores * wall_s)
     return Share(
-        ticks={stage: 100 * (last.tick_s[stage] - seconds) / wall_s for stage, seconds in first.tick_s.items()},
-        cpu={name: 100 * (last.cpu_s[name] - seconds) / (cores * wall_s) for name, seconds in first.cpu_s.items()},
+        ticks={stage: percent_of_ticks * (last.tick_s[stage] - seconds) for stage, seconds in first.tick_s.items()},
+        cpu={name: percent_of_cpu * (last.cpu_s[name] - seconds) for name, seconds in first.cpu_s.items()},
     )
 
 
