@@ -17,7 +17,7 @@ from typing import get_args
 from triton_diffusion import repository
 from triton_diffusion._admin import KEY_HEADER, KEY_VARIABLE, RESTRICTED_APIS, hides_processes
 from triton_diffusion._passed_on import check_passed_on
-from triton_diffusion.config import ChainConfig, DenoisingLoop, Dtype, PolicyName, StageConfig, VaeTiling
+from triton_diffusion.config import DEGREES, ChainConfig, DenoisingLoop, Dtype, PolicyName, StageConfig, VaeTiling
 from triton_diffusion.errors import ConfigurationError
 from triton_diffusion.families.registry import check_checkpoint, check_parallel, find_family
 from triton_diffusion.loading.checkpoint import DEMO, Checkpoint, open_checkpoint
@@ -33,8 +33,6 @@ _LOG_ARGUMENTS = {
 }
 # Our files are complete; completing them would start every model twice.
 _COMPLETE = ["--disable-auto-complete-config"]
-# Parameters of the denoising model that have flags without its name.
-_DEGREES = ("tp_size", "ulysses_degree", "ring_degree", "enable_cfg_parallel")
 _DEFAULTS = {field.name: field.default for config in (ChainConfig, StageConfig) for field in fields(config)}
 
 
@@ -238,7 +236,7 @@ def _of_stages(settings: dict[str, str], text_tp_size: int | None, vae_size: int
     """Parallel degrees are for denoising. The other stages have as many replicas, of ranks of their own number, which
     run on the first GPUs of each replica.
     """
-    degrees = {name: settings.pop(name) for name in _DEGREES if name in settings}
+    degrees = {name: settings.pop(name) for name in DEGREES if name in settings}
     sizes = dict.fromkeys(STAGE_MODELS, 1) | dict.fromkeys(("decoding", "image_encoding"), vae_size or 1)
     sizes["text_encoding"] = text_tp_size or 1
     del sizes["denoising"]

@@ -26,11 +26,10 @@ _AXES = {
     "prior_generation": "one rank a replica",
 }
 
+# How the ranks of a group share a model.
+DEGREES = ("tp_size", "ulysses_degree", "ring_degree", "enable_cfg_parallel")
 # What says how many processes a stage has, and where and on how many threads they run.
-_PLACING = (
-    *("num_gpus", "dp_size", "gpu_device_ids", "tp_size", "ulysses_degree", "ring_degree", "enable_cfg_parallel"),
-    *("num_threads", "num_cores"),
-)
+_PLACING = ("num_gpus", "dp_size", "gpu_device_ids", *DEGREES, "num_threads", "num_cores")
 
 # Above these a request is surely a mistake, whatever the deployment allows.
 HIGHEST = {
@@ -159,9 +158,12 @@ class StageConfig:
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be greater than 0")
         for name in ("checkpoint_steps", "watchdog_ceiling_s"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 switches it off")
-        for name in ("num_gpus", "dp_size", "num_threads", "num_cores", "max_queue_cost", "max_batch_tokens"):
+        chosen_by_zero = (
+            *("num_gpus", "dp_size", "ulysses_degree", "num_threads", "num_cores"),
+            *("max_queue_cost", "max_batch_tokens"),
+        )
+        for name in chosen_by_zero:
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 chooses it")
-        _require(self.ulysses_degree >= 0, f"ulysses_degree={self.ulysses_degree} must not be negative; 0 chooses it")
         for name in ("tp_size", "ring_degree"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be 1 (off) or more")
         _require(

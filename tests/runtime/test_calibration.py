@@ -263,6 +263,17 @@ def test_ranks_of_a_group_agree_on_what_was_measured(flux_checkpoint: Path, cach
     assert len(list((cache / "calibration").glob("decoding-*.json"))) == 1
 
 
+def test_of_replicas_that_start_together_one_measures(
+    flux_checkpoint: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with run_service("decoding", flux_checkpoint, num_gpus=2, dp_size=2) as caller:
+        (file,) = (cache / "calibration").glob("decoding-*.json")
+        kept = read_calibration(file)
+        assert kept is not None
+        assert kept.max_batch_tokens == caller.service.metrics().max_batch_tokens
+    assert capfd.readouterr().err.count("measured in") == 1
+
+
 def test_a_warm_up_size_that_the_model_does_not_have_stops_the_start(flux_checkpoint: Path) -> None:
     with (
         pytest.raises(DiffusionError, match=r"warmup_resolutions: 64x33 must be multiples of 4"),

@@ -25,7 +25,7 @@ def place_on_cores(config: StageConfig, stage_model: str, checkpoint: Checkpoint
 
     Denoising has a replica on each core, up to four, and each of the other stages has as many cores as one of these;
     a batch that finds the other cores idle uses them as well. Measured on 2 cores with the demo checkpoint, in turns:
-    16 clients have 10.1 pictures a second like this, 8.0 with one replica on both cores.
+    16 clients have 9.5 pictures a second like this, 8.0 with one replica on both cores.
     """
     num_cores = len(os.sched_getaffinity(0))
     num_replicas = _num_replicas(num_cores)

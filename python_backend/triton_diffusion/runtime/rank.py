@@ -7,7 +7,6 @@ whatever it died of. A rank then ends at once, and rank 0 removes the folder wit
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
 import shutil
@@ -47,6 +46,7 @@ from triton_diffusion.runtime.messages import (
     Shutdown,
 )
 from triton_diffusion.runtime.rank_executor import RankExecutor
+from triton_diffusion.runtime.rank_process import has_gpus
 from triton_diffusion.runtime.stage_loading import LoadedStage, load_stage
 from triton_diffusion.runtime.turns import open_turns
 
@@ -140,7 +140,7 @@ def _rendezvous(launch: RankLaunch) -> Store | None:
 def _check_gpu() -> None:
     """Raise ConfigurationError if this rank was given a GPU that it cannot use, though the machine has some."""
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not wanted or torch.cuda.is_available() or not glob.glob("/dev/nvidia[0-9]*"):
+    if not wanted or torch.cuda.is_available() or not has_gpus():
         return
     raise ConfigurationError(
         f"GPU {wanted} is not usable, though this machine has GPUs; check num_gpus, gpu_device_ids and "
@@ -226,6 +226,9 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
         known = msgspec.structs.replace(known or uncalibrated(device), max_batch_tokens=launch.max_batch_tokens)
     elif known is None or not known.max_batch_tokens:
         known = _calibrate(warm_up, path, device, group)
+        if known.memory_limit:
+            # Another replica may have learnt it.
+            executor.limit_memory(known.memory_limit)
     executor.limit_batch(executor.fitting(known.max_batch_tokens))
     executor.limit_threads(known.threads_by_tokens)
     took = warm_up.warm_up(launch.warmup_sizes, executor.fitting(known.max_batch_tokens))
