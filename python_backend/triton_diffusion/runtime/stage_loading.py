@@ -20,6 +20,7 @@ from triton_diffusion.families.base import ModelFamily, check_backend
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.loading.components import Components, find_class, load_components
+from triton_diffusion.loading.packed_linears import pack_linears
 from triton_diffusion.runtime.faults import ordered_faults
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.runtime.work import tokens_per_row
@@ -112,3 +113,4 @@ def _prepare(transformer: Any, family: ModelFamily, mesh: Mesh, attention_backen
         attention_backend,
         head_dim=family.head_dim(transformer.config),
     )
+    pack_linears(transformer)
