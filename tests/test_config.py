@@ -31,6 +31,7 @@ def test_every_field_is_read_back_from_its_text(config_class: type[StageConfig] 
         "enable_cfg_parallel": "True",
         # For replicas of one rank, which have no degrees.
         "num_cores": "0",
+        "pack_linears": "False",
         "take_turns": "False",
         "spare_ranks": "False",
         "vae_tiling": "on",

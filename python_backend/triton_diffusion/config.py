@@ -97,6 +97,9 @@ class StageConfig:
     """denoising: two halves of the ranks, for the conditional and the unconditional predictions of guidance."""
     attention_backend: str = "auto"
     """denoising: what computes attention (see attention/choice.py); "auto" chooses by device and head size."""
+    pack_linears: bool = True
+    """denoising in bfloat16 on the CPU: linear layers in the layout of oneDNN, with their GELU (see
+    loading/packed_linears.py); without, a picture has the bits that it has in diffusers."""
     vae_tiling: VaeTiling = "auto"
     """decoding and image_encoding: whether pictures go through the autoencoder in overlapping tiles; "auto": where
     several ranks can share them."""

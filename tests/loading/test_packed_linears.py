@@ -12,8 +12,10 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch.nn.functional import gelu
 
+from checkpoints.stages import alone
 from triton_diffusion.loading.checkpoint import DEMO_CHECKPOINT
-from triton_diffusion.loading.packed_linears import PackedLinear, can_pack, pack_linears
+from triton_diffusion.loading.packed_linears import PackedLinear, can_pack, pack_for_cpu
+from triton_diffusion.runtime.stage_loading import load_stage
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this processor does not compute bfloat16 by oneDNN")
 
@@ -82,7 +84,7 @@ def predicted(transformer: FluxTransformer2DModel) -> torch.Tensor:
 def test_a_packed_transformer_is_no_further_from_float32(transformer: FluxTransformer2DModel) -> None:
     exact = predicted(copy.deepcopy(transformer).float())
     rounded = (predicted(transformer) - exact).abs().mean()
-    pack_linears(transformer)
+    pack_for_cpu(transformer)
     packed = (predicted(transformer) - exact).abs().mean()
     print(f"mean error {packed:.2e}, with torch's layers {rounded:.2e}, of values of {exact.abs().mean():.2e}")
     assert 0 < packed <= 1.1 * rounded
@@ -90,13 +92,22 @@ def test_a_packed_transformer_is_no_further_from_float32(transformer: FluxTransf
 
 def test_every_linear_layer_of_a_transformer_is_packed(transformer: FluxTransformer2DModel) -> None:
     num_layers = sum(type(module) is torch.nn.Linear for module in transformer.modules())
-    pack_linears(transformer)
+    pack_for_cpu(transformer)
     kinds = [type(module) for module in transformer.modules()]
     assert (kinds.count(PackedLinear), kinds.count(torch.nn.Linear)) == (num_layers, 0)
     # One GELU a block, in the feed-forward of pictures and text, and beside the projection of single blocks.
     assert GELU not in kinds
     assert torch.nn.GELU not in kinds
     assert (transformer.dtype, transformer.device.type) == (torch.bfloat16, "cpu")
+
+
+def test_a_stage_keeps_the_layers_of_diffusers_if_it_is_told_to() -> None:
+    kinds = {}
+    for pack_linears in (True, False):
+        stage = load_stage("denoising", "demo", alone(), dtype=torch.bfloat16, pack_linears=pack_linears)
+        kinds[pack_linears] = {type(module) for module in stage.components["transformer"].modules()}
+    assert PackedLinear in kinds[True]
+    assert PackedLinear not in kinds[False]
 
 
 def add_hook(model: FeedForward) -> None:
@@ -111,7 +122,7 @@ def stay_float32(model: FeedForward) -> None:
 def test_a_layer_that_cannot_be_replaced_stays(change: Callable[[FeedForward], None]) -> None:
     model = FeedForward(192, activation_fn="gelu-approximate").bfloat16()
     change(model)
-    pack_linears(model)
+    pack_for_cpu(model)
     assert type(model.net[0]) is GELU
     assert type(model.net[0].proj) is torch.nn.Linear
     assert type(model.net[2]) is PackedLinear
@@ -121,7 +132,7 @@ def test_another_activation_stays_beside_its_packed_layer() -> None:
     model = FeedForward(192, activation_fn="gelu").bfloat16().requires_grad_(False)
     inputs = normal(2, 96, 192)
     before = model(inputs)
-    pack_linears(model)
+    pack_for_cpu(model)
     assert type(model.net[0]) is GELU
     assert type(model.net[0].proj) is PackedLinear
     assert torch.equal(model(inputs), before)

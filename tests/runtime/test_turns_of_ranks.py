@@ -40,6 +40,7 @@ def tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tell]:
                 prompt_cache_bytes=0,
                 parallel=ParallelConfig(),
                 attention_backend="auto",
+                pack_linears=True,
                 vae_tiling="auto",
                 run_dir=str(tmp_path),
                 endpoint=endpoint,

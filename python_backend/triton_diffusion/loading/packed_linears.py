@@ -46,7 +46,7 @@ def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_linears(model: torch.nn.Module) -> None:
+def pack_for_cpu(model: torch.nn.Module) -> None:
     """Replace the linear layers of `model` that are in bfloat16 on a CPU, if it `can_pack`.
 
     Layers with hooks stay as they are, such as those that exchange partial sums in tensor parallelism. A weight that

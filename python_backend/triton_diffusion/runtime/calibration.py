@@ -25,7 +25,6 @@ import msgspec
 import psutil
 import torch
 
-from triton_diffusion import __version__
 from triton_diffusion.distributed.group import RankGroup
 from triton_diffusion.errors import DiffusionError, InvalidRequestError, from_wire
 from triton_diffusion.families.base import ModelFamily
@@ -267,7 +266,7 @@ def cache_path(stage_model: str, components: Components, *, num_threads: int, la
         "layout": layout,
         # A device that is made to look small is another one.
         "faults": os.environ.get(FAULTS_VARIABLE, ""),
-        "versions": [__version__, *(version(name) for name in ("torch", "diffusers", "transformers"))],
+        "versions": [version(name) for name in ("torch", "diffusers", "transformers")],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return _cache_folder() / "calibration" / f"{stage_model}-{digest[:16]}.json"

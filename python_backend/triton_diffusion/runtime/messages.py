@@ -129,6 +129,7 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     prompt_cache_bytes: int
     parallel: ParallelConfig
     attention_backend: str
+    pack_linears: bool
     vae_tiling: VaeTiling
     run_dir: str
     """Folder of this group alone, made anew at each start; the ranks meet at a file in it."""

@@ -195,6 +195,7 @@ def _load_stage(launch: RankLaunch, group: RankGroup) -> LoadedStage:
         group,
         dtype=choose_dtype(launch.dtype, group.device),
         attention_backend=launch.attention_backend,
+        pack_linears=launch.pack_linears,
         vae_tiling=launch.vae_tiling,
         prompt_cache_bytes=launch.prompt_cache_bytes,
         checkpoint_steps=launch.checkpoint_steps,
@@ -204,7 +205,10 @@ def _load_stage(launch: RankLaunch, group: RankGroup) -> LoadedStage:
 def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibration:
     """Settle max_batch_tokens and run what shall be warm; every rank calls this, and all return the same."""
     device = device_name(group.device)
-    layout = f"{group.size} ranks, {launch.parallel}, attention {launch.attention_backend}, tiles {launch.vae_tiling}"
+    layout = (
+        f"{group.size} ranks, {launch.parallel}, attention {launch.attention_backend}, tiles {launch.vae_tiling}, "
+        f"packed linears {launch.pack_linears}"
+    )
     path = cache_path(launch.stage_model, stage.components, num_threads=launch.num_threads, layout=layout)
     known = _read_calibration(path, group)
     executor = stage.executor

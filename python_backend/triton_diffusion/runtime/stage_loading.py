@@ -20,7 +20,7 @@ from triton_diffusion.families.base import ModelFamily, check_backend
 from triton_diffusion.families.registry import find_family
 from triton_diffusion.loading.checkpoint import open_checkpoint
 from triton_diffusion.loading.components import Components, find_class, load_components
-from triton_diffusion.loading.packed_linears import pack_linears
+from triton_diffusion.loading.packed_linears import pack_for_cpu
 from triton_diffusion.runtime.faults import ordered_faults
 from triton_diffusion.runtime.rank_executor import RankExecutor
 from triton_diffusion.runtime.work import tokens_per_row
@@ -53,6 +53,7 @@ def load_stage(
     *,
     dtype: torch.dtype,
     attention_backend: str = "auto",
+    pack_linears: bool = True,
     vae_tiling: VaeTiling = "auto",
     prompt_cache_bytes: int = 0,
     checkpoint_steps: int = 0,
@@ -77,6 +78,8 @@ def load_stage(
         for name in family.denoisers:
             if name in components.loaded:
                 _prepare(components[name], family, mesh, attention_backend)
+                if pack_linears:
+                    pack_for_cpu(components[name])
         if mesh.cfg.degree > 1 and not family.has_true_guidance:
             logger.warning("%s has no unconditional prediction: enable_cfg_parallel divides batches only", family.name)
         if not family.denoisers:
@@ -113,4 +116,3 @@ def _prepare(transformer: Any, family: ModelFamily, mesh: Mesh, attention_backen
         attention_backend,
         head_dim=family.head_dim(transformer.config),
     )
-    pack_linears(transformer)

@@ -156,6 +156,7 @@ class WorkerGroup:
             prompt_cache_bytes=config.prompt_cache_bytes,
             parallel=config.parallel(self._stage_model),
             attention_backend=config.attention_backend,
+            pack_linears=config.pack_linears,
             vae_tiling=config.vae_tiling,
             run_dir=self._run_dir,
             endpoint=self._endpoint,
