@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from triton_diffusion.runtime import calibration
 from triton_diffusion.runtime.calibration import (
     Calibration,
     WarmUp,
+    _OtherWork,
     alone_on_this_machine,
     cache_path,
     read_calibration,
@@ -202,9 +205,9 @@ def test_another_dtype_number_of_threads_or_layout_is_another_file(flux_checkpoi
 
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How busy every core is at each look; the last one stays."""
+    """How busy others keep the cores at each look; the last one stays."""
     percents = [0.0]
-    monkeypatch.setattr(psutil, "cpu_percent", lambda *_, **__: [percents.pop(0) if percents[1:] else percents[0]] * 99)
+    monkeypatch.setattr(_OtherWork, "percent", lambda _: percents.pop(0) if percents[1:] else percents[0])
     return percents
 
 
@@ -230,6 +233,26 @@ def test_a_folder_that_cannot_be_made_keeps_nobody_from_measuring(tmp_path: Path
         assert busy == [3.0]
 
 
+def test_work_of_others_is_told_from_our_own() -> None:
+    watches = [_OtherWork(num_ranks) for num_ranks in (0, 1)]
+    give_up_s = time.monotonic() + 0.5
+    while time.monotonic() < give_up_s:
+        pass
+    all_work, other_work = (watch.percent() for watch in watches)
+    assert 0 <= other_work < all_work <= 101
+
+
+def test_a_process_that_keeps_a_core_busy_shows() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            watch = _OtherWork(num_ranks=1)
+            time.sleep(1.0)
+            percent = watch.percent()
+        finally:
+            process.kill()
+    assert percent > 0.5 * 100 / len(os.sched_getaffinity(0))
+
+
 # In a stage that starts.
 
 
@@ -249,6 +272,31 @@ def test_a_stage_measures_at_its_first_start_only(
         assert caller.service.metrics().max_batch_tokens == 555
     assert read_calibration(file) == kept
     assert f"if there is more memory now, delete {file}" in capfd.readouterr().err
+
+
+def test_what_was_measured_beside_other_work_is_measured_again(
+    flux_checkpoint: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Threads that had no core of their own were of no use, and would not be used on a quiet machine either."""
+    with run_service("decoding", flux_checkpoint):
+        (file,) = (cache / "calibration").glob("decoding-*.json")
+    disturbed = msgspec.structs.replace(uncalibrated("d", 777), measurements=[(777, 0.5)], others_percent=50.0)
+    write_calibration(file, disturbed)
+    with run_service("decoding", flux_checkpoint) as caller:
+        assert caller.service.metrics().max_batch_tokens != 777
+    assert read_calibration(file) != disturbed
+    assert capfd.readouterr().err.count("measured in") == 2
+
+
+def test_what_was_measured_beside_other_work_does_for_replicas_of_the_same_start(
+    flux_checkpoint: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with run_service("decoding", flux_checkpoint, num_gpus=2, dp_size=2):
+        (file,) = (cache / "calibration").glob("decoding-*.json")
+    write_calibration(file, msgspec.structs.replace(uncalibrated("d", 777), others_percent=50.0))
+    with run_service("decoding", flux_checkpoint, num_gpus=2, dp_size=2):
+        pass
+    assert capfd.readouterr().err.count("measured in") == 2
 
 
 def test_what_is_configured_is_not_measured(flux_checkpoint: Path, cache: Path) -> None:

@@ -14,12 +14,12 @@ import hashlib
 import json
 import logging
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -52,6 +52,8 @@ _WORTHWHILE = 1.03
 _GOOD_ENOUGH = 0.97
 # Cores count as quiet when others have less of them for so long; it is not waited for longer than so many seconds.
 _QUIET_PERCENT, _QUIET_INTERVAL_S, _QUIET_TIMEOUT_S = 15.0, 0.3, 10.0
+# With more of the cores than this at work for others meanwhile, what was measured holds for this start only.
+_DISTURBED_PERCENT = 25.0
 # Half of the threads are enough for a batch that takes at most so many times as long with them.
 _AS_FAST = 1.05
 
@@ -70,6 +72,13 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """
     memory_limit: int = 0
     """Tokens of a batch, learnt from larger ones that ran out of memory while requests were served; 0: none did."""
+    others_percent: float = 0.0
+    """On the CPU: how much of its cores others used while it was measured."""
+
+    @property
+    def holds_for_later(self) -> bool:
+        """Whether a later start can use it; on a busy machine a batch needs other threads than on a quiet one."""
+        return self.max_batch_tokens > 0 and self.others_percent <= _DISTURBED_PERCENT
 
 
 def uncalibrated(device: str, max_batch_tokens: int = 0) -> Calibration:
@@ -110,8 +119,8 @@ class WarmUp:
         measured: list[tuple[int, float]] = []
         threads_by_tokens: list[tuple[int, int]] = []
         all_threads = self._executor.num_threads
-        may_need_fewer = self._group.device.type == "cpu"
-        started = time.monotonic()
+        may_need_fewer = is_cpu = self._group.device.type == "cpu"
+        started, others = time.monotonic(), _OtherWork(self._group.size)
         rows, idle_doublings = 1, 0
         while rows <= _MAX_ROWS and idle_doublings < 2 and self._agreed(time.monotonic() - started) < _MAX_SECONDS:
             try:
@@ -141,6 +150,7 @@ class WarmUp:
             measurements=measured,
             threads_by_tokens=threads_by_tokens,
             memory_limit=self._executor.memory_limit,
+            others_percent=round(self._agreed(others.percent()), 1) if is_cpu else 0.0,
         )
 
     def warm_up(self, sizes: Sequence[tuple[int, int]] | None, max_batch_tokens: int) -> list[tuple[int, float]]:
@@ -335,9 +345,37 @@ def _wait_for_quiet_cores() -> None:
 
 def _busy_percent() -> float:
     """How busy others keep the cores that we may use, looked at for a while in which this process does nothing."""
-    by_core = psutil.cpu_percent(_QUIET_INTERVAL_S, percpu=True)
-    ours = [by_core[core] for core in os.sched_getaffinity(0) if core < len(by_core)]
-    return statistics.fmean(ours) if ours else 0.0
+    others = _OtherWork(num_ranks=0)
+    time.sleep(_QUIET_INTERVAL_S)
+    return others.percent()
+
+
+class _OtherWork:
+    """Looks at how busy others keep the cores that we may use, from its making on."""
+
+    def __init__(self, num_ranks: int) -> None:
+        """num_ranks: of ours, which work as much as this one does; 0 if it does nothing."""
+        self._num_ranks = num_ranks
+        # Those of the parent: OpenMP has bound this thread to one of them.
+        self._cores = os.sched_getaffinity(os.getppid())
+        self._before = self._read()
+
+    def percent(self) -> float:
+        """Of the time of all these cores, what processes other than our ranks had, and other virtual machines."""
+        now_s, busy_s, own_s = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        others_s = busy_s - self._num_ranks * own_s
+        return max(0.0, 100 * others_s / (now_s * len(self._cores))) if now_s else 0.0
+
+    def _read(self) -> tuple[float, float, float]:
+        """Seconds on the clock; for which these cores were busy; for which this process was on a core."""
+        by_core = psutil.cpu_times(percpu=True)
+        busy_s = sum(_busy_s(by_core[core]) for core in self._cores if core < len(by_core))
+        return time.monotonic(), busy_s, time.process_time()
+
+
+def _busy_s(times: Any) -> float:
+    """Of a core's times by psutil; guests are part of user."""
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
 
 
 def _cache_folder() -> Path:

@@ -228,8 +228,8 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
         return uncalibrated(device, executor.fitting(limit))
     if launch.max_batch_tokens:
         known = msgspec.structs.replace(known or uncalibrated(device), max_batch_tokens=launch.max_batch_tokens)
-    elif known is None or not known.max_batch_tokens:
-        known = _calibrate(warm_up, path, device, group)
+    elif known is None or not known.holds_for_later:
+        known = _calibrate(warm_up, path, device, group, known)
         if known.memory_limit:
             # Another replica may have learnt it.
             executor.limit_memory(known.memory_limit)
@@ -244,11 +244,14 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
     )
 
 
-def _calibrate(warm_up: WarmUp, path: Path, device: str, group: RankGroup) -> Calibration:
-    """Measure, and keep it for the next start; or take what another replica has measured meanwhile."""
+def _calibrate(warm_up: WarmUp, path: Path, device: str, group: RankGroup, earlier: Calibration | None) -> Calibration:
+    """Measure, and keep it for the next start; or take what another replica has measured meanwhile.
+
+    earlier: what was known before, and does not do.
+    """
     with alone_on_this_machine(path) if group.is_main else contextlib.nullcontext():
         known = _read_calibration(path, group)
-        if known is not None and known.max_batch_tokens:
+        if known is not None and known.max_batch_tokens and known != earlier:
             return known
         started = time.monotonic()
         measured = warm_up.calibrate(device)
@@ -263,6 +266,11 @@ def _calibrate(warm_up: WarmUp, path: Path, device: str, group: RankGroup) -> Ca
             ", ".join(f"up to {tokens} tokens {threads}" for tokens, threads in measured.threads_by_tokens) or "all",
             path,
         )
+        if not measured.holds_for_later:
+            logger.warning(
+                "others used %.0f %% of the processor while this was measured, so the next start will measure it again",
+                measured.others_percent,
+            )
     return measured
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,21 +11,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from triton_diffusion.config import CancellationConfig
-from triton_diffusion.errors import DiffusionError, InvalidRequestError, WorkerGroupError
+from triton_diffusion.errors import InvalidRequestError, WorkerGroupError
 from triton_diffusion.state import CancelOrder, make_cancel_key, read_num_cancelled, write_cancel_order
-from triton_diffusion.triton.conversion import (
-    read_cancel_scope,
-    read_inputs,
-    read_parameters,
-    send_final,
-    set_up_logging,
-    stage_call,
-    triton_error,
-)
-from triton_diffusion.triton.heartbeat import Heartbeat
+from triton_diffusion.triton.conversion import read_cancel_scope, read_inputs, stage_call
+from triton_diffusion.triton.threaded_model import ThreadedModel
 from triton_diffusion.triton.threads import in_thread
-
-logger = logging.getLogger(__name__)
 
 # A request is in no stage while the chain hands it on: look again for so long before it counts as unknown.
 _SEARCH_S = 0.25
@@ -35,42 +24,21 @@ _SEARCH_POLL_S = 0.01
 _ANSWER_S = 5.0
 
 
-class CancellationModel:
+class CancellationModel(ThreadedModel):
     """Tells every stage to drop the requests of an id and scope, and says whether there was one.
 
     The chain model that waits for the stage then answers the caller of the request.
     """
 
-    def initialize(self, args: dict[str, str]) -> None:
+    def configure(self, parameters: Mapping[str, str]) -> int:
         """Read which stages there are."""
-        set_up_logging(args["model_name"])
-        try:
-            config = CancellationConfig.from_parameters(read_parameters(args))
-        except DiffusionError as error:
-            raise pb_utils.TritonModelException(str(error)) from error
+        config = CancellationConfig.from_parameters(parameters)
         self._stages = config.all_models
-        self._threads = ThreadPoolExecutor(config.max_concurrent_cancels, "cancel")
-        self._heartbeat = Heartbeat()
+        return config.max_concurrent_cancels
 
-    def execute(self, requests: list[Any]) -> None:
-        """Hand every request to a thread; the answer goes out through the response sender."""
-        for request in requests:
-            self._threads.submit(self._run, request, request.get_response_sender())
-
-    def finalize(self) -> None:
-        """Wait for what is under way."""
-        self._heartbeat.stop()
-        self._threads.shutdown()
-
-    def _run(self, request: Any, sender: Any) -> None:
-        try:
-            cancelled = self._cancel(request)
-            response = pb_utils.InferenceResponse([pb_utils.Tensor("cancelled", np.array([cancelled]))])
-        except Exception as error:
-            if not isinstance(error, DiffusionError):
-                logger.exception("a cancel failed")
-            response = pb_utils.InferenceResponse(error=triton_error(error))
-        send_final(sender, response)
+    def answer(self, request: Any) -> Sequence[Any]:
+        """Whether there was such a request."""
+        return [pb_utils.Tensor("cancelled", np.array([self._cancel(request)]))]
 
     def _cancel(self, request: Any) -> bool:
         request_id = read_inputs(request, ("request_id",)).get("request_id", "")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,8 @@ import triton_python_backend_utils as pb_utils
 from triton_diffusion.config import HealthConfig
 from triton_diffusion.errors import DiffusionError, without_inside
 from triton_diffusion.state import StageHealth, read_health, write_health_query
-from triton_diffusion.triton.conversion import (
-    json_tensor,
-    read_parameters,
-    send_final,
-    set_up_logging,
-    stage_call,
-    triton_error,
-)
-from triton_diffusion.triton.heartbeat import Heartbeat
+from triton_diffusion.triton.conversion import json_tensor, stage_call
+from triton_diffusion.triton.threaded_model import ThreadedModel
 from triton_diffusion.triton.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -32,43 +25,23 @@ logger = logging.getLogger(__name__)
 _ANSWER_S = 5.0
 
 
-class HealthModel:
+class HealthModel(ThreadedModel):
     """Asks every stage at each request; the answer tells which of them take requests, and why the others do not."""
 
-    def initialize(self, args: dict[str, str]) -> None:
+    def configure(self, parameters: Mapping[str, str]) -> int:
         """Read which stages there are."""
-        set_up_logging(args["model_name"])
-        try:
-            config = HealthConfig.from_parameters(read_parameters(args))
-        except DiffusionError as error:
-            raise pb_utils.TritonModelException(str(error)) from error
+        config = HealthConfig.from_parameters(parameters)
         self._stages = config.all_models
-        self._threads = ThreadPoolExecutor(config.max_concurrent_questions, "health")
-        self._heartbeat = Heartbeat()
+        return config.max_concurrent_questions
 
-    def execute(self, requests: list[Any]) -> None:
-        """Hand every request to a thread; the answer goes out through the response sender."""
-        for request in requests:
-            self._threads.submit(self._run, request.get_response_sender())
-
-    def finalize(self) -> None:
-        """Wait for what is under way."""
-        self._heartbeat.stop()
-        self._threads.shutdown()
-
-    def _run(self, sender: Any) -> None:
-        try:
-            stages = _ask_all(self._stages)
-            ready = all(stage["ready"] for stage in stages.values())
-            tensors = [
-                json_tensor("health", {"ready": ready, "stages": stages}),
-                pb_utils.Tensor("ready", np.array([ready])),
-            ]
-            response = pb_utils.InferenceResponse(tensors)
-        except Exception as error:
-            logger.exception("a question could not be answered")
-            response = pb_utils.InferenceResponse(error=triton_error(error))
-        send_final(sender, response)
+    def answer(self, request: Any) -> Sequence[Any]:
+        """`health` in JSON, and `ready`."""
+        stages = _ask_all(self._stages)
+        ready = all(stage["ready"] for stage in stages.values())
+        return [
+            json_tensor("health", {"ready": ready, "stages": stages}),
+            pb_utils.Tensor("ready", np.array([ready])),
+        ]
 
 
 def _ask_all(models: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,6 @@ from benchmarks.report import Figure, Report, describe_machine
 from benchmarks.running import busy_figure, tuning_of_ranks
 from benchmarks.serving import cancel_storm, closed_loop, lone, memory, open_loop, saturation, short_behind_long
 from benchmarks.serving.bench import Bench
-from benchmarks.serving.memory import resident_bytes
 from benchmarks.serving.processes import suspend
 from benchmarks.serving.scale import FULL, QUICK
 from benchmarks.serving.sides import BASELINES, Side, open_baseline, open_ours
@@ -65,8 +64,8 @@ def measure(args: argparse.Namespace) -> Report:
 class _Setting:
     bench: Bench
     machine: str
-    when_ready: Mapping[str, int]
-    """Resident bytes of our processes before the first request."""
+    settings: Mapping[str, str]
+    """Of our server."""
 
 
 @contextlib.contextmanager
@@ -74,16 +73,16 @@ def _open_setting(args: argparse.Namespace) -> Iterator[_Setting]:
     """All sides, started one after the other, warm, and stopped until they have their turn."""
     model_path = absolute_model_path(args.model_path)
     config = StageConfig(model_path=model_path, dtype=args.dtype)
+    settings = {"model_path": model_path, "dtype": config.dtype}
     sides: dict[str, Side] = {}
-    when_ready: dict[str, int] = {}
     tuning: dict[str, str] = {}
     limit: InProcessPipeline | None = None
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         if "ours" in args.sides:
-            ours = stack.enter_context(open_ours({"model_path": model_path, "dtype": config.dtype}, runner))
+            ours = stack.enter_context(open_ours(settings, runner))
             sides["ours"] = ours
-            when_ready, tuning = resident_bytes(ours.server), tuning_of_ranks(ours.server)
+            tuning = tuning_of_ranks(ours.server)
             suspend(ours.pid)
         variables = tuning | _baseline_variables(config)
         for name in tqdm([name for name in args.sides if name in BASELINES], desc="starting baselines", unit="side"):
@@ -100,7 +99,7 @@ def _open_setting(args: argparse.Namespace) -> Iterator[_Setting]:
         )
         for name in tqdm(bench.names, desc="warm-up", unit="side"):
             bench.warm_up(name)
-        yield _Setting(bench=bench, machine=_describe(bench, config, tuning), when_ready=when_ready)
+        yield _Setting(bench=bench, machine=_describe(bench, config, tuning), settings=settings)
 
 
 def _baseline_variables(config: StageConfig) -> dict[str, str]:
@@ -154,7 +153,7 @@ def _measure_all(setting: _Setting, args: argparse.Namespace) -> list[Figure]:
         figures += saturation.figures(saturation.measure(bench))
     if "memory" in workloads:
         num_requests = args.memory_requests or (200 if args.quick else 1000)
-        figures += memory.figures(memory.measure(bench, num_requests, setting.when_ready))
+        figures += memory.figures(memory.measure(bench, setting.settings, num_requests))
     return figures
 
 
