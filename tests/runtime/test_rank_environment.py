@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +38,24 @@ def test_each_thread_of_a_rank_on_the_cpu_has_a_core_unless_the_operator_says_ot
 
 def test_a_rank_of_one_thread_is_not_bound_to_a_core() -> None:
     assert "OMP_PROC_BIND" not in _rank_environment({}, "0", 1, 0)
+
+
+def test_a_rank_is_imported_on_all_cores_and_then_bound_to_its_own() -> None:
+    """Ranks of all stages once shared the first core while they were imported, and the second was idle."""
+    program = """
+import os
+import subprocess
+import sys
+from triton_diffusion.runtime.rank_main import _on_all_cores
+with _on_all_cores():
+    import torch
+    print(sorted(os.sched_getaffinity(0)))
+print(sorted(os.sched_getaffinity(0)))
+"""
+    operators = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment = operators | _rank_environment({}, "0", 2, first_core=0)
+    python = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    cores = sorted(os.sched_getaffinity(0))
+    assert python.stdout.splitlines() == [str(cores), str(cores[:1])]

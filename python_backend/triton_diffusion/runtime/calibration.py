@@ -55,7 +55,7 @@ _QUIET_PERCENT, _QUIET_INTERVAL_S, _QUIET_TIMEOUT_S = 15.0, 0.3, 10.0
 # With more of the cores than this at work for others meanwhile, what was measured holds for this start only.
 _DISTURBED_PERCENT = 25.0
 # Half of the threads are enough for a batch that takes at most so many times as long with them.
-_AS_FAST = 1.05
+_AS_FAST = 1.02
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
