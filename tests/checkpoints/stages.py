@@ -34,14 +34,26 @@ def alone() -> RankGroup:
 class InProcessStages:
     """All stage models of one checkpoint, each a RankExecutor of one rank."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, checkpoint_steps: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        checkpoint_steps: int = 0,
+        *,
+        pack_linears: bool = True,
+    ) -> None:
         self._numbers = itertools.count()
         self.checkpoint = open_checkpoint(str(folder))
         self.family = find_family(self.checkpoint)
         needed = self.family.stage_components(self.checkpoint)
         self.executors: dict[str, RankExecutor] = {
             stage_model: load_stage(
-                stage_model, str(folder), alone(), dtype=dtype, checkpoint_steps=checkpoint_steps
+                stage_model,
+                str(folder),
+                alone(),
+                dtype=dtype,
+                checkpoint_steps=checkpoint_steps,
+                pack_linears=pack_linears,
             ).executor
             for stage_model in STAGE_MODELS
             if stage_model in needed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -12,13 +14,16 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch.nn.functional import gelu
 
-from checkpoints.stages import alone
+from checkpoints.families import CASES, SMALL, FamilyCase
+from checkpoints.requests import make_request
+from checkpoints.stages import InProcessStages, Picture, alone
 from triton_diffusion.loading.checkpoint import DEMO_CHECKPOINT
 from triton_diffusion.loading.packed_linears import PackedLinear, can_pack, pack_for_cpu
 from triton_diffusion.runtime.stage_loading import load_stage
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this processor does not compute bfloat16 by oneDNN")
 
+PICTURE = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
 SHAPES = [(1, 1, 192), (6, 1, 192), (1, 96, 192), (8, 96, 192)]
 
 
@@ -33,22 +38,27 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
+def assert_equal(ours: torch.Tensor, torchs: torch.Tensor) -> None:
+    """To the bit on processors with AVX512-BF16; kernels of others may add up in another order: one rounding."""
+    torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_packed_layer_gives_the_same_bits(linear: torch.nn.Linear, shape: tuple[int, ...]) -> None:
+def test_a_packed_layer_gives_the_same(linear: torch.nn.Linear, shape: tuple[int, ...]) -> None:
     inputs = normal(*shape)
-    assert torch.equal(PackedLinear(linear)(inputs), linear(inputs))
+    assert_equal(PackedLinear(linear)(inputs), linear(inputs))
 
 
-def test_a_layer_without_bias_gives_the_same_bits(linear: torch.nn.Linear) -> None:
+def test_a_layer_without_bias_gives_the_same(linear: torch.nn.Linear) -> None:
     linear.bias = None
     inputs = normal(2, 96, 192)
-    assert torch.equal(PackedLinear(linear)(inputs), linear(inputs))
+    assert_equal(PackedLinear(linear)(inputs), linear(inputs))
 
 
-def test_inputs_that_are_not_contiguous_give_the_bits_of_contiguous_ones(linear: torch.nn.Linear) -> None:
+def test_inputs_that_are_not_contiguous_give_what_contiguous_ones_do(linear: torch.nn.Linear) -> None:
     """torch itself adds the bias in a second operator for them."""
     inputs = normal(96, 2, 192).transpose(0, 1)
-    assert torch.equal(PackedLinear(linear)(inputs), linear(inputs.contiguous()))
+    assert_equal(PackedLinear(linear)(inputs), linear(inputs.contiguous()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -88,6 +98,20 @@ def test_a_packed_transformer_is_no_further_from_float32(transformer: FluxTransf
     packed = (predicted(transformer) - exact).abs().mean()
     print(f"mean error {packed:.2e}, with torch's layers {rounded:.2e}, of values of {exact.abs().mean():.2e}")
     assert 0 < packed <= 1.1 * rounded
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_family_is_as_far_from_float32_as_without(case: FamilyCase, tmp_path: Path) -> None:
+    folder = case.build(tmp_path / "checkpoint")
+    request = make_request(**SMALL | case.options | {"num_images": case.num_images})
+    images: list[Picture] = [PICTURE] * case.num_images
+    exact = InProcessStages(folder).latents(request, images=images).float()
+    errors = {}
+    for pack_linears in (True, False):
+        stages = InProcessStages(folder, torch.bfloat16, pack_linears=pack_linears)
+        errors[pack_linears] = (stages.latents(request, images=images).float() - exact).abs().mean().item()
+    print(f"mean error {errors[True]:.4f}, with torch's layers {errors[False]:.4f}")
+    assert errors[True] <= 1.5 * errors[False]
 
 
 def test_every_linear_layer_of_a_transformer_is_packed(transformer: FluxTransformer2DModel) -> None:
@@ -135,4 +159,4 @@ def test_another_activation_stays_beside_its_packed_layer() -> None:
     pack_for_cpu(model)
     assert type(model.net[0]) is GELU
     assert type(model.net[0].proj) is PackedLinear
-    assert torch.equal(model(inputs), before)
+    assert_equal(model(inputs), before)

@@ -48,7 +48,6 @@ import subprocess
 import sys
 from triton_diffusion.runtime.rank_main import _on_all_cores
 with _on_all_cores():
-    import torch
     print(sorted(os.sched_getaffinity(0)))
 print(sorted(os.sched_getaffinity(0)))
 """

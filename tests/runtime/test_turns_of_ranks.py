@@ -35,6 +35,7 @@ def tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tell]:
                 rank=0,
                 group_size=1,
                 replica=0,
+                service_started_s=0.0,
                 max_batch_tokens=0,
                 warmup_sizes=None,
                 prompt_cache_bytes=0,

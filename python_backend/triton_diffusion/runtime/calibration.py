@@ -1,8 +1,8 @@
 """What a rank does between loading and ready: run the sizes that are expected, and find out how large a batch pays.
 
-max_batch_tokens is where a larger batch gains no speed any more. It is measured once for a stage, a model and a device,
-and kept in a file under the user's cache folder ($TRITON_DIFFUSION_CACHE). On a CPU so is how many threads a small
-batch keeps busy: those that it does not are left to the server and to other stages.
+max_batch_tokens is where a larger batch gains no speed any more. It is measured once for a stage, a model and a device
+(again, if other work disturbed it), and kept in a file under the user's cache folder ($TRITON_DIFFUSION_CACHE). On a
+CPU so is how many threads a small batch keeps busy: those that it does not are left to the server and other stages.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ _MAX_SECONDS = 30.0
 _WORTHWHILE = 1.03
 # The smallest batch with this share of the best speed is the one: a smaller batch is a faster step for all in it.
 _GOOD_ENOUGH = 0.97
-# Cores count as quiet when others have less of them for so long; it is not waited for longer than so many seconds.
-_QUIET_PERCENT, _QUIET_INTERVAL_S, _QUIET_TIMEOUT_S = 15.0, 0.3, 10.0
-# With more of the cores than this at work for others meanwhile, what was measured holds for this start only.
-_DISTURBED_PERCENT = 25.0
+# Cores count as quiet when others use less than so much of one for so long; it is not waited for longer than so many
+# seconds.
+_QUIET_CORES, _QUIET_INTERVAL_S, _QUIET_TIMEOUT_S = 0.3, 0.3, 10.0
+# With more than this of a core at work for others meanwhile, what was measured holds for this start only: a step ends
+# when the slowest thread does, on however many cores.
+_DISTURBED_CORES = 0.5
 # Half of the threads are enough for a batch that takes at most so many times as long with them.
 _AS_FAST = 1.02
 
@@ -72,18 +74,24 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """
     memory_limit: int = 0
     """Tokens of a batch, learnt from larger ones that ran out of memory while requests were served; 0: none did."""
-    others_percent: float = 0.0
-    """On the CPU: how much of its cores others used while it was measured."""
+    others_cores: float = 0.0
+    """On the CPU: how many of its cores others used while it was measured, in the mean."""
 
     @property
     def holds_for_later(self) -> bool:
         """Whether a later start can use it; on a busy machine a batch needs other threads than on a quiet one."""
-        return self.max_batch_tokens > 0 and self.others_percent <= _DISTURBED_PERCENT
+        return self.max_batch_tokens > 0 and self.others_cores <= _DISTURBED_CORES
 
 
-def uncalibrated(device: str, max_batch_tokens: int = 0) -> Calibration:
+def uncalibrated(device: str, max_batch_tokens: int = 0, *, memory_limit: int = 0) -> Calibration:
     """What is known of a device where nothing was measured."""
-    return Calibration(device=device, max_batch_tokens=max_batch_tokens, measurements=[], threads_by_tokens=[])
+    return Calibration(
+        device=device,
+        max_batch_tokens=max_batch_tokens,
+        measurements=[],
+        threads_by_tokens=[],
+        memory_limit=memory_limit,
+    )
 
 
 class WarmUp:
@@ -96,13 +104,16 @@ class WarmUp:
         family: ModelFamily,
         components: Components,
         group: RankGroup,
+        cores: Sequence[int] = (),
     ) -> None:
+        """cores: those that the group shares with others; none: all that there are."""
         self._stage_model = stage_model
         self._executor = executor
         self._family = family
         self._components = components
         self._group = group
         self._defaults = family.defaults(components.checkpoint)
+        self._cores = cores
         self._num_requests = 0
 
     @property
@@ -120,7 +131,7 @@ class WarmUp:
         threads_by_tokens: list[tuple[int, int]] = []
         all_threads = self._executor.num_threads
         may_need_fewer = is_cpu = self._group.device.type == "cpu"
-        started, others = time.monotonic(), _OtherWork(self._group.size)
+        started, others = time.monotonic(), _OtherWork(self._group.size, self._cores)
         rows, idle_doublings = 1, 0
         while rows <= _MAX_ROWS and idle_doublings < 2 and self._agreed(time.monotonic() - started) < _MAX_SECONDS:
             try:
@@ -150,7 +161,7 @@ class WarmUp:
             measurements=measured,
             threads_by_tokens=threads_by_tokens,
             memory_limit=self._executor.memory_limit,
-            others_percent=round(self._agreed(others.percent()), 1) if is_cpu else 0.0,
+            others_cores=round(self._agreed(others.num_cores()), 2) if is_cpu else 0.0,
         )
 
     def warm_up(self, sizes: Sequence[tuple[int, int]] | None, max_batch_tokens: int) -> list[tuple[int, float]]:
@@ -293,10 +304,17 @@ def device_name(device: torch.device) -> str:
     return "cpu"
 
 
-def read_calibration(path: Path) -> Calibration | None:
-    """The calibration in a file; None if there is none that can be read."""
+def read_calibration(path: Path, *, since_s: float = 0.0) -> Calibration | None:
+    """The calibration in a file; None if there is none that can be read.
+
+    since_s: of measurements that other work has disturbed nothing counts but the memory limit, unless they are of
+        after this time.time(): a rank that takes another's place must not measure while the others serve.
+    """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+        known = msgspec.json.decode(path.read_bytes(), type=Calibration)
+        if known.holds_for_later or path.stat().st_mtime >= since_s:
+            return known
+        return uncalibrated(known.device, memory_limit=known.memory_limit)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError) as error:
@@ -324,52 +342,46 @@ def keep_memory_limit(path: Path, device: str, limit: int) -> None:
 
 
 @contextlib.contextmanager
-def alone_on_this_machine(path: Path) -> Iterator[None]:
+def alone_on_this_machine(path: Path, cores: Sequence[int] = ()) -> Iterator[None]:
     """Wait until no other stage measures: they start at the same time and often share a device. And for a moment until
-    they have loaded, too, for then they come to wait here, and leave the cores alone.
+    they have loaded, too, for then they come to wait here, and leave the `cores` alone; none: all that there are.
     """
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context((path.parent / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        _wait_for_quiet_cores()
+        _wait_for_quiet(cores)
         yield
 
 
-def _wait_for_quiet_cores() -> None:
+def _wait_for_quiet(cores: Sequence[int]) -> None:
     give_up_s = time.monotonic() + _QUIET_TIMEOUT_S
-    while _busy_percent() > _QUIET_PERCENT and time.monotonic() < give_up_s:
-        pass
-
-
-def _busy_percent() -> float:
-    """How busy others keep the cores that we may use, looked at for a while in which this process does nothing."""
-    others = _OtherWork(num_ranks=0)
-    time.sleep(_QUIET_INTERVAL_S)
-    return others.percent()
+    while time.monotonic() < give_up_s:
+        others = _OtherWork(0, cores)
+        time.sleep(_QUIET_INTERVAL_S)
+        if others.num_cores() <= _QUIET_CORES:
+            return
 
 
 class _OtherWork:
-    """Looks at how busy others keep the cores that we may use, from its making on."""
+    """Looks at how much of some cores others use, from its making on."""
 
-    def __init__(self, num_ranks: int) -> None:
-        """num_ranks: of ours, which work as much as this one does; 0 if it does nothing."""
+    def __init__(self, num_ranks: int, cores: Sequence[int] = ()) -> None:
+        """num_ranks: of ours, which work as much as this one does; 0 if it does nothing. cores: none for all."""
         self._num_ranks = num_ranks
-        # Those of the parent: OpenMP has bound this thread to one of them.
-        self._cores = os.sched_getaffinity(os.getppid())
+        self._cores = cores
         self._before = self._read()
 
-    def percent(self) -> float:
-        """Of the time of all these cores, what processes other than our ranks had, and other virtual machines."""
+    def num_cores(self) -> float:
+        """How many of these cores processes other than our ranks used, and other virtual machines, in the mean."""
         now_s, busy_s, own_s = (after - before for after, before in zip(self._read(), self._before, strict=True))
-        others_s = busy_s - self._num_ranks * own_s
-        return max(0.0, 100 * others_s / (now_s * len(self._cores))) if now_s else 0.0
+        return max(0.0, (busy_s - self._num_ranks * own_s) / now_s) if now_s else 0.0
 
     def _read(self) -> tuple[float, float, float]:
         """Seconds on the clock; for which these cores were busy; for which this process was on a core."""
         by_core = psutil.cpu_times(percpu=True)
-        busy_s = sum(_busy_s(by_core[core]) for core in self._cores if core < len(by_core))
+        busy_s = sum(_busy_s(times) for core, times in enumerate(by_core) if core in self._cores or not self._cores)
         return time.monotonic(), busy_s, time.process_time()
 
 

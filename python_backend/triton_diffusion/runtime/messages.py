@@ -120,6 +120,8 @@ class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     group_size: int
     replica: int
+    service_started_s: float
+    """time.time() when the service of the stage began; a rank may begin much later, in place of another."""
     max_batch_tokens: int
     """0: measure it."""
     warmup_sizes: list[tuple[int, int]] | None

@@ -210,7 +210,7 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
         f"packed linears {launch.pack_linears}"
     )
     path = cache_path(launch.stage_model, stage.components, num_threads=launch.num_threads, layout=layout)
-    known = _read_calibration(path, group)
+    known = _read_calibration(path, launch, group)
     executor = stage.executor
     executor.on_memory_limit = partial(keep_memory_limit, path, device)
     if known is not None and known.memory_limit:
@@ -222,14 +222,14 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
                 known.memory_limit,
                 path,
             )
-    warm_up = WarmUp(launch.stage_model, executor, stage.family, stage.components, group)
+    warm_up = WarmUp(launch.stage_model, executor, stage.family, stage.components, group, _cores(launch))
     if not warm_up.can_run:
         limit = launch.max_batch_tokens or warm_up.tokens_of_default()
         return uncalibrated(device, executor.fitting(limit))
     if launch.max_batch_tokens:
         known = msgspec.structs.replace(known or uncalibrated(device), max_batch_tokens=launch.max_batch_tokens)
-    elif known is None or not known.holds_for_later:
-        known = _calibrate(warm_up, path, device, group, known)
+    elif known is None or not known.max_batch_tokens:
+        known = _calibrate(warm_up, path, launch, group)
         if known.memory_limit:
             # Another replica may have learnt it.
             executor.limit_memory(known.memory_limit)
@@ -244,17 +244,14 @@ def _prepare(launch: RankLaunch, stage: LoadedStage, group: RankGroup) -> Calibr
     )
 
 
-def _calibrate(warm_up: WarmUp, path: Path, device: str, group: RankGroup, earlier: Calibration | None) -> Calibration:
-    """Measure, and keep it for the next start; or take what another replica has measured meanwhile.
-
-    earlier: what was known before, and does not do.
-    """
-    with alone_on_this_machine(path) if group.is_main else contextlib.nullcontext():
-        known = _read_calibration(path, group)
-        if known is not None and known.max_batch_tokens and known != earlier:
+def _calibrate(warm_up: WarmUp, path: Path, launch: RankLaunch, group: RankGroup) -> Calibration:
+    """Measure, and keep it for the next start; or take what another replica has measured meanwhile."""
+    with alone_on_this_machine(path, _cores(launch)) if group.is_main else contextlib.nullcontext():
+        known = _read_calibration(path, launch, group)
+        if known is not None and known.max_batch_tokens:
             return known
         started = time.monotonic()
-        measured = warm_up.calibrate(device)
+        measured = warm_up.calibrate(device_name(group.device))
         if group.is_main:
             write_calibration(path, measured)
     if group.is_main:
@@ -268,17 +265,22 @@ def _calibrate(warm_up: WarmUp, path: Path, device: str, group: RankGroup, earli
         )
         if not measured.holds_for_later:
             logger.warning(
-                "others used %.0f %% of the processor while this was measured, so the next start will measure it again",
-                measured.others_percent,
+                "others used %.1f cores while this was measured, so the next start of the server will measure it again",
+                measured.others_cores,
             )
     return measured
 
 
-def _read_calibration(path: Path, group: RankGroup) -> Calibration | None:
+def _read_calibration(path: Path, launch: RankLaunch, group: RankGroup) -> Calibration | None:
     """What rank 0's file says, on every rank: the others may have none."""
-    known = read_calibration(path) if group.is_main else None
+    known = read_calibration(path, since_s=launch.service_started_s) if group.is_main else None
     data = group.broadcast_bytes(msgspec.json.encode(known) if group.is_main else None)
     return msgspec.json.decode(data, type=Calibration | None)
+
+
+def _cores(launch: RankLaunch) -> list[int]:
+    """Those that the group may compute on; empty where it takes no turns on them."""
+    return [*launch.cores, *launch.more_cores]
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -65,6 +65,7 @@ class StageService:
     def __init__(self, stage_model: str, config: StageConfig) -> None:
         self._stage_model = stage_model
         self._config = config
+        self._started_s = time.time()
         self._checkpoint = open_checkpoint(config.model_path)
         self._family = find_family(self._checkpoint)
         self._family.check_parallel(stage_model, self._checkpoint, config.parallel(stage_model))
@@ -232,6 +233,7 @@ class StageService:
             model_path=str(self._checkpoint.path),
             config=self._config,
             replica=replica,
+            service_started_s=self._started_s,
             context=self._context,
             start=self._spares.take,
         )

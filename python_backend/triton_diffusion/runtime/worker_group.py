@@ -36,6 +36,7 @@ class WorkerGroup:
         model_path: str,
         config: StageConfig,
         replica: int,
+        service_started_s: float,
         context: zmq.Context[zmq.Socket[bytes]],
         start: Callable[[int, int], RankProcess],
     ) -> None:
@@ -46,6 +47,7 @@ class WorkerGroup:
         self._model_path = model_path
         self._config = config
         self.replica = replica
+        self._service_started_s = service_started_s
         # The folder is open to this user alone; in it are the socket and the file that the ranks meet at.
         # Inside that of the server, if there is one: who kills all processes at once removes that.
         self._run_dir = tempfile.mkdtemp(prefix="triton-diffusion-", dir=run_folder.find())
@@ -150,6 +152,7 @@ class WorkerGroup:
             rank=rank,
             group_size=config.ranks_per_replica,
             replica=self.replica,
+            service_started_s=self._service_started_s,
             max_batch_tokens=config.max_batch_tokens,
             warmup_sizes=config.warmup_sizes(),
             checkpoint_steps=config.checkpoint_steps,

@@ -71,7 +71,7 @@ logger = logging.getLogger(__name__)
 # How soon a caller that went away is noticed; and the pause at least, as a multiple of the processor time that asking
 # takes: on busy cores most of the time is waiting for them, which costs nobody anything.
 _CANCEL_POLL_S = 0.02
-_CANCEL_POLL_SHARE = 40
+_CANCEL_POLL_SHARE = 25
 # A stream is never silent for longer.
 _KEEP_ALIVE_S = 1.0
 # How soon an order to drain is noticed while there are no requests.

@@ -51,7 +51,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Ours(Side):
-    """The server of this project, at its default settings."""
+    """The server of this project."""
 
     server: TritonServer
     client: AsyncDiffusionClient
