@@ -59,7 +59,7 @@ def load_cost_table(given: str, max_batch_tokens: int | None = None) -> CostTabl
     """
     where, content = named_or_file("cost table", given, "cost_tables.json")
     required = ("device", "max_batch_tokens", "measurements")
-    of_the_server = ("threads_by_tokens", "memory_limit")
+    of_the_server = ("threads_by_tokens", "memory_limit", "others_cores")
     optional = ("source", "row_tokens", "other_sizes", "attention_tokens", *of_the_server)
     content = check_keys(where, content, required, optional)
     measurements = _measurements(where, content["measurements"])
