@@ -44,8 +44,6 @@ def test_a_rank_is_imported_on_all_cores_and_then_bound_to_its_own() -> None:
     """Ranks of all stages once shared the first core while they were imported, and the second was idle."""
     program = """
 import os
-import subprocess
-import sys
 from triton_diffusion.runtime.rank_main import _on_all_cores
 with _on_all_cores():
     print(sorted(os.sched_getaffinity(0)))
